@@ -23,9 +23,11 @@ class SystemClock:
     """The machine's clock."""
 
     def now(self) -> datetime:
+        """The system's wall time."""
         return datetime.now(UTC)
 
     def monotonic_s(self) -> float:
+        """The system's monotonic clock."""
         return time.monotonic()
 
 
@@ -37,9 +39,11 @@ class FakeClock:
         self._elapsed_s = 0.0
 
     def now(self) -> datetime:
+        """The time it was last set to."""
         return self._now
 
     def monotonic_s(self) -> float:
+        """Seconds advanced so far."""
         return self._elapsed_s
 
     def advance(self, seconds: float) -> None:

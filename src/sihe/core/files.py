@@ -53,7 +53,7 @@ def write_file(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
+            Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -78,7 +78,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield staging
             for entry in (staging, *staging.rglob("*")):
                 _fsync(entry)
-            os.replace(staging, path)
+            staging.replace(path)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

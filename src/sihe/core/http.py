@@ -5,8 +5,8 @@ from __future__ import annotations
 from sihe.core.errors import (
     AlreadyExists,
     Busy,
-    NotFound,
     NoSpace,
+    NotFound,
     TooLarge,
     TransientError,
     Unauthorized,

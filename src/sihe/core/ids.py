@@ -23,6 +23,7 @@ def check_name(kind: str, name: str) -> str:
     """`name` itself when it can stand in a path and a URL; `InvalidInput` otherwise."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidInput(
-            f"a {kind} name has 1 to 120 letters, digits, '.', '_' or '-' and starts with a letter or digit, got {name!r}"
+            f"a {kind} name has 1 to 120 letters, digits, '.', '_' or '-' and starts with a letter or digit, "
+            f"got {name!r}"
         )
     return name

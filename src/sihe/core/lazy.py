@@ -16,13 +16,13 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
     Written in a room as `__getattr__, __dir__, __all__ = attach(__name__, {"Engine": "sihe.serving.engine.engine"})`.
     """
 
-    def __getattr__(name: str) -> Any:
+    def getattribute(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(names[name]), name)
 
     public = sorted(names)
-    return __getattr__, lambda: public, public
+    return getattribute, lambda: public, public
 
 
 def require(module: str, *, extra: str) -> ModuleType:

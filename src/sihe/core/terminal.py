@@ -28,6 +28,11 @@ def set_flags(flags: Mapping[str, Any]) -> None:
     _flags.update(flags)
 
 
+def flag(key: str) -> Any:
+    """The value of a global flag (dotted setting), or None."""
+    return _flags.get(key)
+
+
 def workspace() -> Workspace:
     """The workspace that flags, environment and file describe."""
     from sihe.core import settings, telemetry

@@ -89,9 +89,10 @@ class Tracking:
         if self._client is None:
             # Quiet: MLflow's start-up notes are not for users, and its telemetry must not leave the machine.
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
             from mlflow.tracking import MlflowClient
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
 
             uri = self._uri
             if uri.startswith("sqlite:"):
@@ -285,7 +286,9 @@ class Tracking:
         seen, frontier = {key}, [key]
         with self._records.transaction() as connection:
             while frontier:
-                rows = connection.execute(select(lineage.c.child, lineage.c.parent).where(lineage.c.child.in_(frontier)))
+                rows = connection.execute(
+                    select(lineage.c.child, lineage.c.parent).where(lineage.c.child.in_(frontier))
+                )
                 found = [(str(child), str(parent)) for child, parent in rows]
                 edges += found
                 frontier = sorted({parent for _, parent in found} - seen)

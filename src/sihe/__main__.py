@@ -1,0 +1,5 @@
+"""`python -m sihe` is the `sihe` command."""
+
+from sihe.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The composition root: `sihe <noun> <verb>` joins the commands of every room."""
