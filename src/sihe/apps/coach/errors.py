@@ -1,13 +1,13 @@
 """What can go wrong in the coach.
 
-    InvalidInput
-    ├── ContentInvalid      a map, a question or a chapter has not the promised form
-    ├── LabParameterInvalid a lab parameter is unknown, of the wrong type or out of bounds
-    └── AttemptClosed       a prediction that comes after the run it should have preceded
-    InternalError
-    └── LabFailed           a lab stopped, or its ranks did; the message carries what they said
-    Busy
-    └── LabTimeout          a lab took longer than it may; its processes are gone
+InvalidInput
+├── ContentInvalid      a map, a question or a chapter has not the promised form
+├── LabParameterInvalid a lab parameter is unknown, of the wrong type or out of bounds
+└── AttemptClosed       a prediction that comes after the run it should have preceded
+InternalError
+└── LabFailed           a lab stopped, or its ranks did; the message carries what they said
+Busy
+└── LabTimeout          a lab took longer than it may; its processes are gone
 """
 
 from __future__ import annotations

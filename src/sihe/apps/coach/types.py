@@ -118,7 +118,7 @@ class Map(Value):
         return self
 
     def _problems(self) -> Iterator[str]:
-        ids = [item.id for area in self.areas for item in (area, *area.groups)]
+        ids = [area.id for area in self.areas] + [group.id for group in self.groups]
         ids_of_topics = [topic.id for group in self.groups for topic in group.topics]
         for kind, names in (("area or group", ids), ("topic", ids_of_topics)):
             for name in sorted({name for name in names if names.count(name) > 1}):
@@ -153,7 +153,7 @@ class Map(Value):
         return next((found for name in self.topics if (found := walk(name, [])) is not None), None)
 
     def _misratings(self) -> Iterator[str]:
-        """A topic rated by the chapter carries the stars of its row, and `chapter-group` says that the row has several."""
+        """A topic rated by the chapter carries the stars of its row; a `chapter-group` row names several topics."""
         rated = [item for item in self.bank if item.stars is not None]
         for topic in self.topics.values():
             if topic.stars_source == "ours":
