@@ -1,0 +1,8 @@
+"""Launchers: ways to start the ranks of a job, behind `sihe.cluster.ports.Launcher`."""
+
+from sihe.core.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {"LocalLauncher": "sihe.cluster.launchers.local", "supervised": "sihe.cluster.launchers.rank"},
+)

@@ -1,0 +1,59 @@
+"""What every rank does around its work: it dies with its launcher and reports its errors. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from sihe.cluster.launchers import reports
+
+LAUNCHER_PID = "LAUNCHER_PID"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def supervised(main: Callable[[], None]) -> None:
+    """Runs `main` as one rank of a job, and ends the process with its exit code.
+
+    An error is written to the report that the launcher reads. The exit after an error is immediate: destructors of a
+    process group may wait for peers that are gone.
+    """
+    _die_with_launcher()
+    try:
+        main()
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the process ends here, whatever it was
+        with suppress(OSError):
+            if path := os.environ.get(ERROR_FILE):
+                reports.write(Path(path), error)
+        with suppress(OSError):
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
+
+
+def _die_with_launcher() -> None:
+    """Makes sure that this process does not outlive its launcher, not even one that was SIGKILLed."""
+    expected = int(os.environ.get(LAUNCHER_PID, os.getppid()))
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(expected,), daemon=True).start()
+    if os.getppid() != expected:  # it died before we asked to be told
+        os._exit(1)
+
+
+def _watch_parent(expected: int) -> None:
+    while os.getppid() == expected:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,199 @@
+"""The local launcher, with real processes: restarts, budgets, errors that arrive as themselves, and no orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sihe.cluster.errors import JobStopped, RanksLost
+from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.types import JobEvent, ProcessJob, RankFailed, RanksStarted, Restarting, RestartPolicy
+from sihe.core.errors import CorruptData, NoSpace
+
+TESTS = Path(__file__).parents[1]
+AT_ONCE = RestartPolicy(max_restarts=2, first_delay_s=0)
+
+
+def job_of(fate: str, folder: Path, world_size: int = 2) -> ProcessJob:
+    return ProcessJob(
+        name=fate,
+        module="support.ranks",
+        args=(fate, str(folder)),
+        world_size=world_size,
+        log_dir=folder / "logs",
+        env={"PYTHONPATH": str(TESTS)},
+    )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_all_ranks_run_with_their_own_logs(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    ticks: list[int] = []
+    restarts = LocalLauncher().run(
+        job_of("ends", tmp_path), AT_ONCE, on_event=events.append, on_tick=lambda: ticks.append(1)
+    )
+    assert restarts == 0
+    (started,) = events
+    assert isinstance(started, RanksStarted)
+    assert len(set(started.pids)) == 2
+    assert ticks
+    for rank in range(2):
+        text = (tmp_path / "logs" / "attempt-001" / f"rank-{rank}" / "stdout.log").read_text()
+        assert text == f"rank {rank} of 2 with 1 threads\n"
+
+
+def test_a_killed_rank_restarts_all_of_them(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    assert LocalLauncher().run(job_of("killed-once", tmp_path), AT_ONCE, on_event=events.append) == 1
+    first, failed, restarting, second = events
+    assert isinstance(first, RanksStarted)
+    assert isinstance(failed, RankFailed)
+    assert (failed.rank, failed.signal, failed.pid) == (1, "SIGKILL", first.pids[1])
+    assert isinstance(restarting, Restarting)
+    assert isinstance(second, RanksStarted)
+    assert second.attempt == 2
+    assert not any(is_alive(pid) for pid in (*first.pids, *second.pids))
+
+
+def test_a_restart_meets_on_a_fresh_store(tmp_path: Path) -> None:
+    assert LocalLauncher().run(job_of("sums", tmp_path), AT_ONCE) == 1
+    assert (tmp_path / "sum-0").read_text() == (tmp_path / "sum-1").read_text() == "6.0"
+
+
+def test_the_restart_budget_ends(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    with pytest.raises(RanksLost, match=r"gave up after 2 restarts.*SIGKILL") as caught:
+        LocalLauncher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
+    assert sum(isinstance(event, RanksStarted) for event in events) == 3
+    assert caught.value.log.is_file()
+
+
+def test_the_exit_code_of_a_rank_is_reported(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    with pytest.raises(RanksLost, match="exited with code 3"):
+        LocalLauncher().run(job_of("exits-3", tmp_path, 1), RestartPolicy(max_restarts=0), on_event=events.append)
+    assert [event.exit_code for event in events if isinstance(event, RankFailed)] == [3]
+
+
+def test_an_exception_that_is_not_ours_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(RanksLost, match="KeyError: 'nothing named so'") as caught:
+        LocalLauncher().run(job_of("bug", tmp_path, 1), RestartPolicy(max_restarts=0))
+    assert "Traceback" in caught.value.log.read_text()
+
+
+def test_an_input_error_arrives_as_itself_and_is_not_retried(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    with pytest.raises(CorruptData, match="3 bytes are missing") as caught:
+        LocalLauncher().run(job_of("corrupt", tmp_path), AT_ONCE, on_event=events.append)
+    assert caught.value.path == str(tmp_path / "shard-0.bin")
+    assert sum(isinstance(event, RanksStarted) for event in events) == 1
+    with pytest.raises(NoSpace, match="no space left"):
+        LocalLauncher().run(job_of("disk-full", tmp_path), AT_ONCE)
+
+
+def test_attempts_of_a_former_launcher_keep_their_logs(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        LocalLauncher().run(job_of("ends", tmp_path, 1), AT_ONCE)
+        assert (tmp_path / "logs" / f"attempt-{attempt:03d}" / "rank-0" / "stdout.log").stat().st_size > 0
+
+
+def test_a_rank_that_ignores_signals_is_killed(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+    with pytest.raises(RanksLost, match="code 3"):
+        LocalLauncher(grace_s=1).run(job_of("deaf", tmp_path), RestartPolicy(max_restarts=0), on_event=events.append)
+    assert isinstance(events[0], RanksStarted)
+    assert not any(is_alive(pid) for pid in events[0].pids)
+
+
+def test_stop_from_another_thread(tmp_path: Path) -> None:
+    launcher = LocalLauncher()
+    caught: list[BaseException] = []
+    pids: list[int] = []
+
+    def on_event(event: JobEvent) -> None:
+        assert isinstance(event, RanksStarted)
+        pids.extend(event.pids)
+        launcher.stop()
+
+    def run() -> None:
+        try:
+            launcher.run(job_of("waits", tmp_path), AT_ONCE, on_event=on_event)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert isinstance(caught[0], JobStopped)
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_an_error_in_the_caller_leaves_no_rank(tmp_path: Path) -> None:
+    events: list[JobEvent] = []
+
+    def tick() -> None:
+        raise NoSpace(tmp_path)
+
+    with pytest.raises(NoSpace):
+        LocalLauncher().run(job_of("waits", tmp_path), AT_ONCE, on_event=events.append, on_tick=tick)
+    assert isinstance(events[0], RanksStarted)
+    assert not any(is_alive(pid) for pid in events[0].pids)
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.types import ProcessJob, RestartPolicy
+
+folder = Path(sys.argv[1])
+job = ProcessJob("waits", "support.ranks", 2, folder / "logs", ("waits", str(folder)), env={"PYTHONPATH": sys.argv[2]})
+print("ready", flush=True)
+LocalLauncher().run(job, RestartPolicy(), on_event=lambda event: print(*event.pids, flush=True))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(tmp_path), str(TESTS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stderr is not None
+        assert launcher.stdout.readline() == "ready\n"
+        pids = [int(pid) for pid in launcher.stdout.readline().split()]
+        while not all((tmp_path / f"rank-{rank}.pid").exists() for rank in range(2)):
+            assert launcher.poll() is None
+        os.kill(launcher.pid, signum)
+        errors = launcher.stderr.read()  # to its end: every process that held the pipe is gone
+        launcher.wait(60)
+    if signum == signal.SIGKILL:
+        assert launcher.returncode == -signal.SIGKILL
+        for pid in pids:  # the ranks die by the kernel's hand, a moment later
+            while is_alive(pid):
+                pass
+    else:
+        assert launcher.returncode == 1
+        assert f"stopped by {signum.name}" in errors
+        assert not any(is_alive(pid) for pid in pids)
+
+
+def test_delays_grow_and_stay_bounded() -> None:
+    policy = RestartPolicy(first_delay_s=0.5, factor=2, max_delay_s=3)
+    assert [policy.delay_s(restart) for restart in (1, 2, 3, 4, 10_000)] == [0.5, 1, 2, 3, 3]
