@@ -14,7 +14,7 @@ from sihe.apps.coach.labs.registry import LAB_IDS
 from sihe.apps.coach.map import CONTENT, QuestionText, question_folders, read_map, read_question
 from sihe.apps.coach.parity import Shape, differences, shape_of
 from sihe.apps.coach.schema import SECTIONS, Question
-from sihe.apps.coach.types import Map
+from sihe.apps.coach.types import Group, Map
 
 _LANGUAGES = ("zh", "en")
 _SOURCES_TITLE = {"zh": "出处", "en": "Sources"}
@@ -95,30 +95,32 @@ def _form_problems(shape: Shape, column: int, question: Question) -> Iterator[st
 
 
 def _handbook_problems(root: Path, field: Map) -> Iterator[str]:
-    expected = [f"{number:02d}-{group.id}.md" for number, group in enumerate(field.groups, start=1)]
+    groups = {f"{number:02d}-{group.id}.md": group for number, group in enumerate(field.groups, start=1)}
     for language in _LANGUAGES:
         found = {file.name for file in (root / language).glob("*.md")}
-        for name in sorted(set(expected) - found):
+        for name in sorted(set(groups) - found):
             yield f"handbook/{language}/{name}: missing"
-        for name in sorted(found - set(expected)):
-            yield f"handbook/{language}/{name}: no such chapter (expected names like {expected[0]})"
-    for name in expected:
+        for name in sorted(found - set(groups)):
+            yield f"handbook/{language}/{name}: no such chapter (expected {', '.join(groups)})"
+    for name, group in groups.items():
         files = [root / language / name for language in _LANGUAGES]
         if all(file.is_file() for file in files):
             zh, en = (shape_of(file.read_text(encoding="utf-8")) for file in files)
             for language, shape in (("zh", zh), ("en", en)):
-                yield from (f"handbook/{language}/{name}: {problem}" for problem in _chapter_problems(shape, language))
+                found_here = _chapter_problems(shape, language, group)
+                yield from (f"handbook/{language}/{name}: {problem}" for problem in found_here)
             yield from (f"handbook/{name}: {difference}" for difference in differences(zh, en))
 
 
-def _chapter_problems(shape: Shape, language: str) -> Iterator[str]:
+def _chapter_problems(shape: Shape, language: str, group: Group) -> Iterator[str]:
     if len(shape.titles) != 1:
         yield f"has {len(shape.titles)} level-1 headings, expected one: the title"
-    last = shape.sections[-1] if shape.sections else None
-    if last is None or last.title != _SOURCES_TITLE[language]:
-        yield f"the last section must be '## {_SOURCES_TITLE[language]}'"
-    elif not last.addresses:
-        yield f"'## {last.title}' has no address"
+    sections = [section for section in shape.sections if section.title]
+    if len(sections) < len(group.topics):
+        yield f"has {len(sections)} level-2 sections, expected at least one for each of {len(group.topics)} topics"
+    for section in sections:
+        if section.title == _SOURCES_TITLE[language] and not section.addresses:
+            yield f"'## {section.title}' has no address"
 
 
 def main(arguments: list[str]) -> int:
