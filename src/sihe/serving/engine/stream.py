@@ -1,0 +1,150 @@
+"""The bridge from the engine's thread to whoever reads an answer, in another thread or on an event loop.
+
+The engine never waits for a reader. Events that a slow reader has not taken pile up and are joined into one when it
+comes, and the readers of one event loop are woken together, once a step, whatever their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+from sihe.core.errors import Busy
+from sihe.serving.engine.types import Generation, GenerationEvent, join_events
+
+_Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+class GenerationStream:
+    """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
+
+    `served_by` names the model version that answers. `close` aborts what has not been generated yet; leaving the stream
+    as a context manager closes it. An error of the request is raised to the reader, after the events that came before.
+    """
+
+    def __init__(self, id: int, served_by: str, abort: Callable[[int], None]) -> None:
+        self.id = id
+        self.served_by = served_by
+        self._abort = abort
+        self._changed = threading.Condition()
+        self._events: list[GenerationEvent] = []
+        self._error: BaseException | None = None
+        self._ended = False  # nothing more will come
+        self._waiter: _Wake | None = None
+
+    # ---- the reader's side ------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[GenerationEvent]:
+        while (event := self.next_event()) is not None:
+            yield event
+
+    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+        while (event := await self.next_event_async()) is not None:
+            yield event
+
+    def next_event(self, timeout_s: float | None = None) -> GenerationEvent | None:
+        """The next event, or None after the last. Raises the request's error, or `Busy` after `timeout_s`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._events or self._ended, timeout_s):
+                raise Busy(f"no token came within {timeout_s} s: the engine is busy")
+            return self._take()
+
+    async def next_event_async(self) -> GenerationEvent | None:
+        """The same on an event loop."""
+        while True:
+            with self._changed:
+                if self._events or self._ended:
+                    return self._take()
+                loop = asyncio.get_running_loop()
+                waiter = loop.create_future()
+                self._waiter = (loop, waiter)
+            await waiter
+
+    def result(self, timeout_s: float | None = None) -> Generation:
+        """The whole answer. `timeout_s` bounds the wait for each event."""
+        events: list[GenerationEvent] = []
+        while (event := self.next_event(timeout_s)) is not None:
+            events.append(event)
+        return _whole(events)
+
+    async def result_async(self) -> Generation:
+        """The whole answer, on an event loop."""
+        return _whole([event async for event in self])
+
+    def close(self) -> None:
+        """Aborts the request unless it has ended; a reader that waits sees the end. Safe to call again."""
+        with self._changed:
+            if self._ended:
+                return
+            self._ended = True
+            self._events.clear()
+            self._changed.notify_all()
+            wake, self._waiter = self._waiter, None
+        self._abort(self.id)
+        if wake is not None:
+            wake_readers([wake])
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- the engine's side ------------------------------------------------------------------------------------------
+
+    def deliver(self, event: GenerationEvent) -> _Wake | None:
+        """Adds an event; the reader to wake, if one waits on an event loop."""
+        return self._add(event, None, ended=event.finish_reason is not None)
+
+    def fail(self, error: BaseException) -> _Wake | None:
+        """Ends the stream with an error; the reader to wake, as `deliver`."""
+        return self._add(None, error, ended=True)
+
+    def _add(self, event: GenerationEvent | None, error: BaseException | None, *, ended: bool) -> _Wake | None:
+        with self._changed:
+            if self._ended:
+                return None
+            if event is not None:
+                self._events.append(event)
+            self._error = error
+            self._ended = ended
+            self._changed.notify_all()
+            wake, self._waiter = self._waiter, None
+            return wake
+
+    def _take(self) -> GenerationEvent | None:
+        if self._events:
+            events, self._events = self._events, []
+            return join_events(events)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return None
+
+
+def wake_readers(wakes: Iterable[_Wake]) -> None:
+    """Wakes readers on their event loops: one call into each loop."""
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = defaultdict(list)
+    for loop, waiter in wakes:
+        by_loop[loop].append(waiter)
+    for loop, waiters in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, waiters)
+        except RuntimeError:  # the loop has been closed, and its readers with it
+            continue
+
+
+def _set_all(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+def _whole(events: list[GenerationEvent]) -> Generation:
+    if not events or events[-1].finish_reason is None:
+        raise asyncio.CancelledError("the stream was closed before its end")
+    event = join_events(events)
+    assert event.finish_reason is not None
+    return Generation(event.text, event.token_ids, event.usage, event.finish_reason, event.logprobs)

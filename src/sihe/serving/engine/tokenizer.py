@@ -1,0 +1,168 @@
+"""The model's own tokenizer and chat template, from the files that lie beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from sihe.core.errors import CorruptData, InvalidInput, NotFound
+from sihe.serving.engine.detokenizer import ByteDecoder, TextDecoder, WindowDecoder
+from sihe.serving.engine.types import ChatMessage
+
+
+class ModelTokenizer:
+    """Text to token ids and back, conversations to prompts, and the ids at which an answer ends. Safe across threads."""
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], *, stop_ids: frozenset[int], folder: Path) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._folder = folder
+        self.stop_ids = stop_ids
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self._template = self._compile_template()
+        self._pieces = _byte_pieces(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelTokenizer:
+        """Reads tokenizer.json, tokenizer_config.json and the end-of-sequence ids. Raises `NotFound`, `CorruptData`."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise NotFound("file", str(path), hint="a model folder holds its tokenizer")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of damage
+            raise CorruptData(path, str(error)) from error
+        config = _read_json(folder / "tokenizer_config.json")
+        return cls(tokenizer, config, stop_ids=_stop_ids(folder, tokenizer, config), folder=folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that the model's post-processor adds."""
+        return _ids(self._tokenizer, text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a conversation, rendered up to where the assistant speaks. The template adds what is special."""
+        return _ids(self._tokenizer, self.render_chat(messages), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, id: int) -> str:
+        """One token as text: what a list of log-probabilities shows."""
+        text: str = self._tokenizer.decode([id], skip_special_tokens=False)
+        return text
+
+    def decoder(self) -> TextDecoder:
+        """A fresh incremental decoder."""
+        return ByteDecoder(self._pieces) if self._pieces is not None else WindowDecoder(self.decode)
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """A conversation as the model's chat template writes it. Raises `InvalidInput` where the template refuses."""
+        if self._template is None:
+            raise InvalidInput(
+                f"the model in {self._folder.name!r} has no chat template: use /v1/completions, or add chat_template to "
+                "its tokenizer_config.json"
+            )
+        special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in self._config.items()
+            if key.endswith("_token") and value is not None
+        }
+        try:
+            return self._template(
+                messages=[{"role": message.role, "content": message.content} for message in messages],
+                add_generation_prompt=True,
+                **special,
+            )
+        except TemplateError as error:
+            raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
+
+    def _compile_template(self) -> Callable[..., str] | None:
+        source = self._config.get("chat_template")
+        file = self._folder / "chat_template.jinja"
+        if file.is_file():
+            source = file.read_text(encoding="utf-8")
+        if isinstance(source, list):  # several named templates
+            source = next((item["template"] for item in source if item.get("name") == "default"), None)
+        if source is None:
+            return None
+        # A template is code that came with the weights: it runs in a sandbox.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(source).render
+        except TemplateError as error:
+            raise CorruptData(self._folder / "tokenizer_config.json", f"chat_template: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate, which JSON can carry
+        raise InvalidInput(f"the text is not valid Unicode: {error}") from error
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptData(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise CorruptData(path, "not a JSON object")
+    return value
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> frozenset[int]:
+    """Every id that ends an answer: config.json's, generation_config.json's and the tokenizer's own."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    token = config.get("eos_token")
+    id = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+    return frozenset(found | ({id} if id is not None else set()))
+
+
+def _byte_pieces(tokenizer: Tokenizer) -> list[bytes] | None:
+    """Each id's bytes when the vocabulary is byte-level; None when it is not. Special tokens read as nothing."""
+    if type(tokenizer.decoder).__name__ != "ByteLevel":
+        return None
+    byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    pieces: list[bytes] = []
+    for id in range(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1):
+        token = tokenizer.id_to_token(id)
+        if token is None or id in special:
+            pieces.append(b"")
+        elif all(character in byte_of for character in token):
+            pieces.append(bytes(byte_of[character] for character in token))
+        else:
+            pieces.append(token.encode("utf-8"))
+    return pieces
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in alphabet)
+    return alphabet | {byte: chr(0x100 + index) for index, byte in enumerate(others)}
