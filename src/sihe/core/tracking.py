@@ -282,16 +282,22 @@ class Tracking:
 
     def ancestors(self, key: str) -> list[tuple[str, str]]:
         """Every (child, parent) edge on the way up from `key`, nearest first."""
+        return self._edges(key, upwards=True)
+
+    def descendants(self, key: str) -> list[tuple[str, str]]:
+        """Every (child, parent) edge on the way down from `key`, nearest first."""
+        return self._edges(key, upwards=False)
+
+    def _edges(self, key: str, *, upwards: bool) -> list[tuple[str, str]]:
         edges: list[tuple[str, str]] = []
         seen, frontier = {key}, [key]
+        near = lineage.c.child if upwards else lineage.c.parent
         with self._records.transaction() as connection:
             while frontier:
-                rows = connection.execute(
-                    select(lineage.c.child, lineage.c.parent).where(lineage.c.child.in_(frontier))
-                )
+                rows = connection.execute(select(lineage.c.child, lineage.c.parent).where(near.in_(frontier)))
                 found = [(str(child), str(parent)) for child, parent in rows]
                 edges += found
-                frontier = sorted({parent for _, parent in found} - seen)
+                frontier = sorted({parent if upwards else child for child, parent in found} - seen)
                 seen.update(frontier)
         return edges
 

@@ -1,0 +1,101 @@
+"""The FastAPI application: every room's routes and the console's pages, behind one set of rules.
+
+It composes and decides nothing: what a deployment, an answer or a lab is, its room knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+from urllib.parse import urlencode
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from sihe.console.context import Console
+from sihe.console.failures import Bugs, failure, install_failures
+from sihe.console.language import Language
+from sihe.console.pages import about, coach, labs, models, playground, runs, search, session, topics
+from sihe.console.security import Guard, SecurityHeaders
+from sihe.console.traffic import Traffic, metrics_text
+from sihe.console.views import STATIC, Views
+from sihe.core.workspace import Workspace
+from sihe.version import __version__
+
+_PAGES = (topics, runs, models, playground, search, coach, labs, about, session)
+
+
+def create_app(workspace: Workspace) -> FastAPI:
+    """The whole house as one ASGI application; its lifespan starts and stops the gateway."""
+    from sihe.apps.coach.api import router as coach_api
+    from sihe.apps.coach.service import CoachService
+    from sihe.apps.rag.api import router as rag_api
+    from sihe.apps.rag.service import RagService
+    from sihe.serving.api import install_errors
+    from sihe.serving.api import router as serving_api
+    from sihe.serving.gateway import Gateway
+    from sihe.vectors.api import router as vectors_api
+
+    settings = workspace.settings
+    views = Views(workspace.clock, cast(Language, settings.locale))
+    console = Console(workspace, views, Gateway(workspace), RagService(workspace), CoachService(workspace))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        console.gateway.start()
+        try:
+            yield
+        finally:
+            console.stopping.set()
+            console.gateway.close()
+
+    # FastAPI's own documentation pages load scripts from a CDN: the schema stays, those pages go.
+    app = FastAPI(title="Sihe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.console = console
+    install_failures(app, views)
+    install_errors(app)
+    for routes in (serving_api(console.gateway), rag_api(console.rag), coach_api(console.coach), vectors_api(workspace)):
+        app.include_router(routes)
+    for page in _PAGES:
+        app.include_router(page.router(console))
+    app.mount("/static", _Static(directory=STATIC), name="static")
+
+    @app.get("/healthz", include_in_schema=False)
+    def healthz() -> JSONResponse:
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    @app.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        return metrics_text()
+
+    # The last one added is the outermost: headers on every answer, whoever gave it.
+    app.add_middleware(Bugs, views=views)
+    app.add_middleware(Guard, host=settings.server.host, keys=settings.server.api_keys, refuse=_refusal(views))
+    app.add_middleware(Traffic)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=6)
+    app.add_middleware(SecurityHeaders)
+    return app
+
+
+def _refusal(views: Views) -> Callable[[Request, int, str], Response]:
+    def refuse(request: Request, status: int, reason: str) -> Response:
+        is_page = request.method == "GET" and "text/html" in request.headers.get("accept", "")
+        if status == 401 and is_page:
+            return RedirectResponse(f"/login?{urlencode({'next': request.url.path})}", status_code=303)
+        return failure(views, request, status, reason, kind="Unauthorized" if status == 401 else "Forbidden")
+
+    return refuse
+
+
+class _Static(StaticFiles):
+    """Static files; an address that names its content's digest may be kept for good."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        if response.status_code == 200 and b"v=" in scope.get("query_string", b""):
+            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response

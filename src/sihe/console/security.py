@@ -1,0 +1,152 @@
+"""What every answer carries and every request must pass: headers, the same-origin rule, the Host rule, the key.
+
+Sihe usually listens on this machine alone, and a browser on this machine also visits strangers' pages. Two attacks
+follow, and both are closed here: a foreign page that posts to us (cross-site request forgery), and a foreign name that
+resolves to 127.0.0.1 (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Callable, Iterable, Sequence
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "manifest-src 'self'",
+        "base-uri 'none'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+    )
+)
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+_SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+_OPEN_PATHS = ("/healthz", "/static/", "/login")
+SESSION_COOKIE = "sihe_session"
+
+
+class SecurityHeaders:
+    """Adds the headers to every response that does not set its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+class Guard:
+    """Lets a request in, or answers it with `refuse(request, status, reason)`: the Host, origin and key rules."""
+
+    def __init__(
+        self, app: ASGIApp, *, host: str, keys: Sequence[str], refuse: Callable[[Request, int, str], Response]
+    ) -> None:
+        self._app = app
+        self._host = host
+        self._keys = keys
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        refusal = self._refusal(request)
+        await (self._refuse(request, *refusal) if refusal else self._app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> tuple[int, str] | None:
+        if is_foreign_host(request.headers, listening_on=self._host):
+            return 400, f"this server answers on this machine only, not as {request.headers.get('host', '')!r}"
+        if is_foreign_write(request):
+            return 403, "a page of another site may not change anything here"
+        open_path = request.url.path.startswith(_OPEN_PATHS)
+        if self._keys and not open_path and not holds_key(request.headers, self._keys):
+            return 401, "a key is needed: send it as  Authorization: Bearer …"
+        return None
+
+
+def is_foreign_write(request: Request) -> bool:
+    """Whether a page of another origin makes the browser send this request that changes something.
+
+    Browsers state it in Sec-Fetch-Site, older ones in Origin; clients that are no browser send neither.
+    """
+    if request.method in _SAFE_METHODS:
+        return False
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+
+
+def is_foreign_host(headers: Headers, *, listening_on: str) -> bool:
+    """Whether the request names a host that cannot be this machine, although we listen on loopback only."""
+    if not is_loopback(listening_on):
+        return False
+    named = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    return not is_loopback(named)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine's own address or name."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def session_for(key: str) -> str:
+    """What a browser keeps in a cookie after it showed `key`: proof of the key, without the key."""
+    return hmac.new(key.encode(), b"sihe console session", hashlib.sha256).hexdigest()
+
+
+def holds_key(headers: Headers, keys: Iterable[str]) -> bool:
+    """Whether the request carries one of `keys` as Bearer token, or the session cookie that one of them gave."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    shown = token.strip() if scheme.lower() == "bearer" else ""
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(SESSION_COOKIE)
+    except CookieError:
+        cookie = None
+    session = cookie.value if cookie else ""
+    # Every key is compared, and in constant time, so that the answer's delay tells nothing about them.
+    matches = [
+        hmac.compare_digest(key.encode(), shown.encode())
+        | hmac.compare_digest(session_for(key).encode(), session.encode())
+        for key in keys
+    ]
+    return any(matches)
