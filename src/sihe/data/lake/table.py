@@ -1,0 +1,231 @@
+"""One table of the lake: rows are appended, and every version stays readable.
+
+Several processes may append at once and every append is kept. An append with a `key` happens once, however often and
+from however many processes it is called: that is what lets a job that was killed simply run again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError, TableNotFoundError
+
+from sihe.core.errors import Busy, CorruptData, NotFound, SiheError, Unreachable
+from sihe.core.files import disk_errors
+from sihe.data.errors import SchemaMismatch
+from sihe.data.lake.types import Commit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ATTEMPTS = 30
+_PAUSE_S = 0.02  # first pause after a lost race; doubles up to a second, with jitter so that the losers part
+_KEY = "sihe.key"
+_CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days"}  # Delta forgets versions after 30 days by itself
+
+_Result = TypeVar("_Result")
+
+
+class LakeTable:
+    """A Delta table. Made by `Lake.table`; holds no open file, so it may be kept and shared."""
+
+    def __init__(self, name: str, url: str, *, storage_options: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.url = url
+        self._storage_options = dict(storage_options or {})
+
+    def exists(self) -> bool:
+        """Whether anything was ever appended. Raises `CorruptData`, `Unreachable`."""
+        try:
+            self._open()
+        except NotFound:
+            return False
+        return True
+
+    @property
+    def version(self) -> int:
+        """The newest version. Raises `NotFound`, `CorruptData`."""
+        return self._open().version()
+
+    def append(self, rows: pa.Table, *, key: str | None = None) -> int:
+        """Adds rows; the version that they made. With a `key`, an append of that key that is there already is it.
+
+        The first append fixes the columns; later rows may have them in any order and in types that convert without
+        loss. Raises `SchemaMismatch`, `NoSpace`, `CorruptData`, and `Busy` when other writers win every race.
+        """
+
+        def attempt() -> int:
+            table = self._open_or_none()
+            if table is not None and key is not None and table.transaction_version(key) is not None:
+                return self._version_with(key, table.version())
+            return self._write(table, rows, key)
+
+        return self._retry(attempt)
+
+    def version_of(self, key: str) -> int | None:
+        """The version that the append with this `key` made, or None. Raises `CorruptData`."""
+        table = self._open_or_none()
+        if table is None or table.transaction_version(key) is None:
+            return None
+        return self._version_with(key, table.version())
+
+    def read(
+        self, version: int | None = None, columns: Sequence[str] | None = None, *, where: str | None = None
+    ) -> pa.Table:
+        """The rows as of a version (the newest by default), in no promised order.
+
+        `columns` selects some; `where` is an SQL predicate such as `"licence = 'MIT'"`, and files whose statistics
+        exclude it are not read. Raises `NotFound` for a version or column, `CorruptData`.
+        """
+        table = self._open_as_of(version)
+        schema = pa.schema(table.schema().to_arrow())
+        names = list(schema.names) if columns is None else list(columns)
+        for name in names:
+            if name not in schema.names:
+                raise NotFound("column", name, hint=f"table {self.name!r} has {', '.join(schema.names)}")
+        with self._errors():
+            found = pa.table(table.scan(columns=names, predicate=where).read_all())
+            return found.cast(pa.schema([schema.field(name) for name in names]))  # the engine reads strings as views
+
+    def history(self) -> list[Commit]:
+        """Every version, newest first. Raises `NotFound`, `CorruptData`, and `Busy` under ceaseless appends."""
+
+        def attempt() -> list[Commit]:
+            # delta-rs lists the log anew and numbers what it finds downwards from the version that was opened: right
+            # only if no commit came in between.
+            table = self._open()
+            commits = self._commits(table)
+            if self.version != table.version():
+                raise _LostRace
+            return commits
+
+        return self._retry(attempt)
+
+    # ---- opening and writing ----------------------------------------------------------------------------------------
+
+    def _open(self, version: int | None = None) -> DeltaTable:
+        with self._errors():
+            return DeltaTable(self.url, version=version, storage_options=self._storage_options)
+
+    def _open_or_none(self) -> DeltaTable | None:
+        try:
+            return self._open()
+        except NotFound:
+            return None
+
+    def _open_as_of(self, version: int | None) -> DeltaTable:
+        newest = self._open()
+        if version is None or version == newest.version():
+            return newest
+        if not 0 <= version < newest.version():
+            oldest = self._commits(newest)[-1].version
+            hint = f"table {self.name!r} has the versions {oldest} to {newest.version()}"
+            raise NotFound("version", str(version), hint=hint)
+        return self._open(version)
+
+    def _write(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
+        with self._errors():
+            write_deltalake(
+                self.url if table is None else table,
+                rows if table is None else self._fit(rows, pa.schema(table.schema().to_arrow())),
+                mode="error"
+                if table is None
+                else "append",  # of two that create the table, one starts over and appends
+                configuration=_CONFIGURATION if table is None else None,
+                storage_options=self._storage_options,
+                writer_properties=WriterProperties(compression="ZSTD"),
+                commit_properties=CommitProperties(
+                    custom_metadata={_KEY: key} if key is not None else None,
+                    app_transactions=[Transaction(key, 1)] if key is not None else None,
+                ),
+            )
+        return 0 if table is None else table.version()  # the write moves its table to the version that it made
+
+    def _fit(self, rows: pa.Table, schema: pa.Schema) -> pa.Table:
+        if sorted(rows.column_names) != sorted(schema.names):
+            raise SchemaMismatch(
+                self.name, f"expected the columns {', '.join(schema.names)}, got {', '.join(rows.column_names)}"
+            )
+        try:
+            return rows.select(schema.names).cast(schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise SchemaMismatch(self.name, str(error)) from error
+
+    def _retry(self, attempt: Callable[[], _Result]) -> _Result:
+        pause_s = _PAUSE_S
+        for _ in range(_ATTEMPTS):
+            try:
+                return attempt()
+            except _LostRace:
+                time.sleep(pause_s * random.uniform(0.5, 1.5))
+                pause_s = min(2 * pause_s, 1.0)
+        raise Busy(f"table {self.name!r}: other writers won {_ATTEMPTS} races in a row: try again when fewer write")
+
+    # ---- history ----------------------------------------------------------------------------------------------------
+
+    def _commits(self, table: DeltaTable) -> list[Commit]:
+        with self._errors():
+            return [_commit(entry) for entry in table.history()]
+
+    def _version_with(self, key: str, newest: int) -> int:
+        """The first version that knows the append `key`, by bisection: from there on every version does."""
+        return bisect.bisect_left(
+            range(newest), True, key=lambda version: self._open(version).transaction_version(key) is not None
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What delta-rs and Arrow raise, as the house's errors."""
+        try:
+            with disk_errors(Path(self.url)):
+                yield
+        except SiheError:
+            raise
+        except TableNotFoundError as error:
+            raise NotFound("table", self.name, hint=f"nothing was appended to {self.url} yet") from error
+        except SchemaMismatchError as error:
+            raise SchemaMismatch(self.name, _first_line(error)) from error
+        except CommitFailedError as error:
+            raise _LostRace from error
+        except Exception as error:
+            message = _first_line(error)
+            if "already exists" in message:
+                raise _LostRace from error
+            if "://" in self.url and _mentions(message, ("error sending request", "Generic S3 error", "timed out")):
+                raise Unreachable(self.url, message) from error
+            if isinstance(error, DeltaError | pa.ArrowException | OSError) or type(error) is Exception:
+                hint = "restore the file from a copy, or read an older version; see  sihe lake show"
+                raise CorruptData(self.url, message, hint=hint) from error
+            raise
+
+
+class _LostRace(Exception):
+    """Another writer committed first; the append must be tried again on the newer version."""
+
+
+def _mentions(message: str, words: Iterable[str]) -> bool:
+    return any(word in message for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _commit(entry: Mapping[str, Any]) -> Commit:
+    rows = entry.get("operationMetrics", {}).get("num_added_rows")
+    return Commit(
+        version=int(entry["version"]),
+        at=datetime.fromtimestamp(entry["timestamp"] / 1000, UTC),
+        operation=str(entry.get("operation", "unknown")).lower(),
+        rows_added=None if rows is None else int(rows),
+        key=entry.get(_KEY),
+    )
