@@ -1,13 +1,13 @@
 """What can go wrong while serving, and who must act.
 
-    TooLarge       └── ContextTooLong        the prompt has more tokens than the model's context
-    InvalidInput   └── UnsupportedParameter  the protocol knows it, this server does not (yet)
-    Busy           └── QueueFull             too many requests wait: come back later
-    UserError      └── NoMemory              weights and cache do not fit in memory            (MemoryError)
-    TransientError ├── NotReady              the deployment has no replica that serves yet
-                   ├── EngineClosed          this engine takes no more requests; another one may
-                   └── EngineDead            the engine's thread stopped on an error
-    InternalError  └── GenerationFailed      this one request could not be computed
+TooLarge       └── ContextTooLong        the prompt has more tokens than the model's context
+InvalidInput   └── UnsupportedParameter  the protocol knows it, this server does not (yet)
+Busy           └── QueueFull             too many requests wait: come back later
+UserError      └── NoMemory              weights and cache do not fit in memory            (MemoryError)
+TransientError ├── NotReady              the deployment has no replica that serves yet
+               ├── EngineClosed          this engine takes no more requests; another one may
+               └── EngineDead            the engine's thread stopped on an error
+InternalError  └── GenerationFailed      this one request could not be computed
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention of one step over the KV cache: the `Attend` that the engine hands to the decoder.
 
-A step is one flat row of tokens, first one token of each decoding sequence, ordered by slot, then the chunks of prompts.
-So the weights of every layer are read once for all of them, and only attention looks at each sequence by itself.
+A step is one flat row of tokens: first one token of each decoding sequence, ordered by slot, then the chunks of
+prompts. So the weights of every layer are read once for all of them, and only attention looks at each sequence alone.
 
 Shapes: B = 1 row, T tokens of the step, N heads, K KV heads, G heads a KV head, D head dim, R decoding rows, L cached
 tokens, C tokens of a chunk.
@@ -24,17 +24,16 @@ class DecodeRow:
     """A sequence that feeds one token at `position`."""
 
     slot: int
-    token: int
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """A sequence that feeds `tokens` of its prompt from position `start`."""
+    """A sequence that feeds `length` tokens of its prompt from position `start`."""
 
     slot: int
-    tokens: Sequence[int]
     start: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class _Run:
     rows: slice
     slots: slice
     length: int
-    mask_R11L: Tensor | None  # None when every row is as long as the longest
+    mask: Tensor | None  # R11L; None when every row is as long as the longest
 
 
 class StepAttention:
@@ -64,6 +63,7 @@ class StepAttention:
         self._masks = [_chunk_mask(row, dtype) for row in prefill]
 
     def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """The attention output of one layer for every token of the step."""
         keys_SKCD, values_SKCD = self._cache.keys[layer], self._cache.values[layer]
         q_TND, k_TKD, v_TKD = q_BTNH[0], k_BTKH[0], v_BTKH[0]
         out_TND = torch.empty_like(q_TND)
@@ -74,8 +74,8 @@ class StepAttention:
                 _decode(run, q_TND, keys_SKCD, values_SKCD, out_TND)
         at = self._num_decode
         for row, mask_CL in zip(self._prefill, self._masks, strict=True):
-            chunk, at = slice(at, at + len(row.tokens)), at + len(row.tokens)
-            end = row.start + len(row.tokens)
+            chunk, at = slice(at, at + row.length), at + row.length
+            end = row.start + row.length
             keys_SKCD[row.slot, :, row.start : end] = k_TKD[chunk].transpose(0, 1)
             values_SKCD[row.slot, :, row.start : end] = v_TKD[chunk].transpose(0, 1)
             out_NCD = scaled_dot_product_attention(
@@ -99,7 +99,7 @@ def _decode(run: _Run, q_TND: Tensor, keys_SKCD: Tensor, values_SKCD: Tensor, ou
         q_RND.view(rows, kv_heads, heads // kv_heads, dim),
         keys_SKCD[run.slots, :, : run.length],
         values_SKCD[run.slots, :, : run.length],
-        attn_mask=run.mask_R11L,
+        attn_mask=run.mask,
     )
     out_TND[run.rows] = out_RKGD.reshape(rows, heads, dim)
 
@@ -126,6 +126,5 @@ def _chunk_mask(row: PrefillRow, dtype: torch.dtype) -> Tensor | None:
     """What each token of a later chunk may see; None for a first chunk, which is plainly causal."""
     if row.start == 0:
         return None
-    size = len(row.tokens)
-    hidden_CL = torch.ones(size, row.start + size, dtype=torch.bool).triu_(diagonal=row.start + 1)
+    hidden_CL = torch.ones(row.length, row.start + row.length, dtype=torch.bool).triu_(diagonal=row.start + 1)
     return torch.zeros(hidden_CL.shape, dtype=dtype).masked_fill_(hidden_CL, -torch.inf)

@@ -36,9 +36,11 @@ class ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
+        """The characters that `token` completes."""
         return self._utf8.decode(self._pieces[token] if token < len(self._pieces) else b"")
 
     def flush(self) -> str:
+        """A replacement character for bytes that never became one."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -55,6 +57,7 @@ class WindowDecoder:
         self._read = 0  # tokens of the window whose text has been given out
 
     def push(self, token: int) -> str:
+        """What the window reads more with `token`; nothing while it ends inside a character."""
         self._window.append(token)
         whole = self._decode(self._window)
         if whole.endswith(_REPLACEMENT) and len(self._window) - self._read < _MAX_HELD:
@@ -66,6 +69,7 @@ class WindowDecoder:
         return text
 
     def flush(self) -> str:
+        """What the window reads more than has been given out."""
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from sihe.core.errors import Busy
 from sihe.serving.engine.types import Generation, GenerationEvent, join_events
 
-_Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
 class GenerationStream:
@@ -32,7 +32,7 @@ class GenerationStream:
         self._events: list[GenerationEvent] = []
         self._error: BaseException | None = None
         self._ended = False  # nothing more will come
-        self._waiter: _Wake | None = None
+        self._waiter: Wake | None = None
 
     # ---- the reader's side ------------------------------------------------------------------------------------------
 
@@ -94,15 +94,15 @@ class GenerationStream:
 
     # ---- the engine's side ------------------------------------------------------------------------------------------
 
-    def deliver(self, event: GenerationEvent) -> _Wake | None:
+    def deliver(self, event: GenerationEvent) -> Wake | None:
         """Adds an event; the reader to wake, if one waits on an event loop."""
         return self._add(event, None, ended=event.finish_reason is not None)
 
-    def fail(self, error: BaseException) -> _Wake | None:
+    def fail(self, error: BaseException) -> Wake | None:
         """Ends the stream with an error; the reader to wake, as `deliver`."""
         return self._add(None, error, ended=True)
 
-    def _add(self, event: GenerationEvent | None, error: BaseException | None, *, ended: bool) -> _Wake | None:
+    def _add(self, event: GenerationEvent | None, error: BaseException | None, *, ended: bool) -> Wake | None:
         with self._changed:
             if self._ended:
                 return None
@@ -124,7 +124,7 @@ class GenerationStream:
         return None
 
 
-def wake_readers(wakes: Iterable[_Wake]) -> None:
+def wake_readers(wakes: Iterable[Wake]) -> None:
     """Wakes readers on their event loops: one call into each loop."""
     by_loop: defaultdict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = defaultdict(list)
     for loop, waiter in wakes:

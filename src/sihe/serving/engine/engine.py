@@ -1,0 +1,401 @@
+"""The engine: one thread that takes requests in, steps the model over all that run, and hands text out.
+
+The path of a request: `submit` (the caller's thread: tokens, limits, a stream) → inbox → `Scheduler` → `ModelRunner` →
+decoder and stop filter → stream. A request joins and leaves the batch between any two steps.
+
+An error stays with the request that causes it: a step that raises is run again one sequence at a time, and only those
+that raise alone fail. What goes wrong outside of a request ends the engine, and every reader and later caller is told.
+"""
+
+from __future__ import annotations
+
+import atexit
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from sihe.core.clock import Clock, SystemClock
+from sihe.core.errors import CorruptData, InvalidInput
+from sihe.core.telemetry import logger
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.detokenizer import StopFilter, TextDecoder
+from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, RequestStats, StepStats
+from sihe.serving.engine.runner import ModelRunner, Work
+from sihe.serving.engine.sampler import Draw, Sampled
+from sihe.serving.engine.scheduler import Scheduler, StepPlan
+from sihe.serving.engine.stream import GenerationStream, Wake, wake_readers
+from sihe.serving.engine.tokenizer import ModelTokenizer
+from sihe.serving.engine.types import FinishReason, GenerationEvent, GenerationRequest, TokenLogprob, Usage
+from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A request inside the engine."""
+
+    request: GenerationRequest
+    prompt: list[int]
+    max_tokens: int
+    seed: int
+    stream: GenerationStream
+    decoder: TextDecoder
+    stop: StopFilter
+    on_done: Callable[[], None] | None
+    submitted_s: float
+    slot: int | None = None
+    output: list[int] = field(default_factory=list)
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+
+
+class Engine:
+    """One model, served. `submit` from any thread; `close` when done (or use it as a context manager).
+
+    `name` is what every stream says it was `served_by`.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: ModelTokenizer,
+        config: EngineConfig,
+        *,
+        name: str,
+        observer: EngineObserver | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self.context_tokens = runner.cache.capacity
+        self._runner: ModelRunner | None = runner
+        self._vocab_size = runner.model.config.vocab_size
+        self._observer = observer or NoObserver()
+        self._clock = clock or SystemClock()
+        self._log = logger("serving").bind(engine=name)
+        self._scheduler = Scheduler(slots=runner.cache.slots, token_budget=config.token_budget)
+        self._ids = count()
+        self._mean_request_s = 1.0
+        # Shared with callers, under the condition; everything else belongs to the engine's thread.
+        self._changed = threading.Condition()
+        self._inbox: deque[tuple[int, _Sequence | None]] = deque()  # None: abort
+        self._sequences: dict[int, _Sequence] = {}
+        self._closing = False
+        self._abandon = False
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        atexit.register(self.close, drain=False)  # a daemon thread inside torch must not outlive the interpreter
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        model_folder: Path,
+        config: EngineConfig | None = None,
+        *,
+        name: str | None = None,
+        observer: EngineObserver | None = None,
+    ) -> Engine:
+        """The engine of a model folder. Raises what is wrong with the folder, or `NoMemory`."""
+        config = config or EngineConfig()
+        tokenizer = ModelTokenizer.load(model_folder)
+        runner = ModelRunner.load(model_folder, config)
+        if tokenizer.vocab_size > runner.model.config.vocab_size:
+            raise CorruptData(
+                model_folder / "tokenizer.json",
+                f"it has {tokenizer.vocab_size} tokens and the model knows {runner.model.config.vocab_size}",
+                hint="these are the files of two different models",
+            )
+        return cls(runner, tokenizer, config, name=name or model_folder.name, observer=observer)
+
+    # ---- the caller's side ------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, *, on_done: Callable[[], None] | None = None) -> GenerationStream:
+        """Starts a request; its stream. `on_done` is called once, on the engine's thread, when the engine is done with it.
+
+        Raises `ContextTooLong`, `InvalidInput`, `QueueFull`, `EngineClosed`, `EngineDead`.
+        """
+        prompt = self._tokens(request)
+        room = self.context_tokens - len(prompt)
+        if room < 1:
+            raise ContextTooLong(limit=self.context_tokens, actual=len(prompt))
+        id = next(self._ids)
+        sequence = _Sequence(
+            request=request,
+            prompt=prompt,
+            max_tokens=min(room, request.max_tokens or room),
+            seed=secrets.randbits(64) if request.seed is None else request.seed,
+            stream=GenerationStream(id, self.name, self._abort),
+            decoder=self.tokenizer.decoder(),
+            stop=StopFilter(request.stop),
+            on_done=on_done,
+            submitted_s=self._clock.monotonic_s(),
+        )
+        with self._changed:
+            self._check_open()
+            self._check_queue()
+            self._sequences[id] = sequence
+            self._inbox.append((id, sequence))
+            self._changed.notify()
+        return sequence.stream
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def num_sequences(self) -> int:
+        """Requests that wait or run."""
+        return len(self._sequences)
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Takes no more requests, ends the thread and frees the model. Safe to call again.
+
+        With `drain` what has begun is finished first, for at most `timeout_s`; what is left then, or at once without
+        `drain`, ends with `EngineClosed`.
+        """
+        with self._changed:
+            self._closing = True
+            self._abandon |= not drain
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            with self._changed:
+                self._abandon = True
+                self._changed.notify()
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(drain=False)
+
+    def _tokens(self, request: GenerationRequest) -> list[int]:
+        if request.messages is not None:
+            prompt = self.tokenizer.encode_chat(request.messages)
+        elif isinstance(request.prompt, str):
+            prompt = self.tokenizer.encode(request.prompt)
+        else:
+            prompt = list(request.prompt or ())
+            for token in prompt:
+                if not 0 <= token < self._vocab_size:
+                    raise InvalidInput(f"a prompt's token ids go from 0 to {self._vocab_size - 1}, got {token!r}")
+        if not prompt:
+            raise InvalidInput("the prompt has no tokens: write something")
+        return prompt
+
+    def _check_open(self) -> None:
+        if self._death is not None:
+            raise EngineDead(f"engine {self.name} has stopped: {self._death}") from self._death
+        if self._closing:
+            raise EngineClosed(f"engine {self.name} is closing and takes no new requests")
+
+    def _check_queue(self) -> None:
+        waiting = len(self._inbox) + self._scheduler.num_waiting
+        free = self._scheduler.slots - self._scheduler.num_running
+        if waiting >= self.config.max_waiting + free:
+            rounds = waiting / self._scheduler.slots
+            raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, rounds * self._mean_request_s)))
+
+    def _abort(self, id: int) -> None:
+        with self._changed:
+            if id in self._sequences:
+                self._inbox.append((id, None))
+                self._changed.notify()
+
+    # ---- the engine's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BaseException = EngineClosed(f"engine {self.name} was closed")
+        try:
+            while self._take_inbox():
+                self._step()
+        except BaseException as death:  # noqa: BLE001 - a dead thread must say so, whatever killed it
+            self._log.error("engine_died", error=repr(death), exc_info=death)
+            error = EngineDead(f"engine {self.name} has stopped: {death}")
+            error.__cause__ = death
+            self._death = death
+        finally:
+            with self._changed:
+                self._closing = True
+                left = list(self._sequences)
+            for id in left:
+                self._fail(id, error)
+            self._runner = None
+            self._observer.on_close()
+            atexit.unregister(self.close)
+
+    def _take_inbox(self) -> bool:
+        """Waits for work and takes in what has come; false when the engine is to end."""
+        with self._changed:
+            while not (self._inbox or self._sequences or self._closing):
+                self._changed.wait()
+            if self._abandon:
+                return False
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        for id, sequence in arrived:
+            if sequence is None:
+                self._leave(id, "aborted")
+            elif id in self._sequences:
+                self._scheduler.add(id, len(sequence.prompt))
+        return bool(self._sequences) or not self._closing
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        if not plan:
+            return
+        started_s = self._clock.monotonic_s()
+        assert self._runner is not None
+        for id in plan.admitted:
+            self._sequences[id].slot = self._runner.cache.allocate()
+            self._sequences[id].admitted_s = started_s
+        self._scheduler.commit(plan)
+        wakes: list[Wake] = []
+        self._compute(self._work(plan), wakes)
+        wake_readers(wakes)
+        self._observer.on_step(
+            StepStats(
+                duration_s=self._clock.monotonic_s() - started_s,
+                decode_tokens=len(plan.decode),
+                prefill_tokens=plan.num_tokens - len(plan.decode),
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting,
+                kv_used_tokens=self._runner.cache.used_tokens,
+                kv_capacity_tokens=self._runner.cache.slots * self._runner.cache.capacity,
+            )
+        )
+
+    def _work(self, plan: StepPlan) -> dict[int, Work]:
+        work: dict[int, Work] = {}
+        for id in plan.decode:
+            sequence = self._sequences[id]
+            position = len(sequence.prompt) + len(sequence.output) - 1
+            work[id] = Work(_slot(sequence), sequence.output[-1:], position, _draw(sequence))
+        for chunk in plan.prefill:
+            sequence = self._sequences[chunk.id]
+            tokens = sequence.prompt[chunk.start : chunk.start + chunk.length]
+            work[chunk.id] = Work(_slot(sequence), tokens, chunk.start, _draw(sequence) if chunk.last else None)
+        return work
+
+    def _compute(self, work: dict[int, Work], wakes: list[Wake]) -> None:
+        """Runs the step; where it raises, again for each sequence alone, so that only the culprits fail."""
+        assert self._runner is not None
+        try:
+            results = self._runner.step(list(work.values()))
+        except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the requests in it
+            if len(work) > 1:
+                for id, item in work.items():
+                    self._compute({id: item}, wakes)
+                return
+            for id in work:
+                self._log.error("generation_failed", error=repr(error), exc_info=error)
+                failure = GenerationFailed(f"the model failed on this request: {error}")
+                failure.__cause__ = error
+                self._fail(id, failure)
+            return
+        for (id, item), sampled in zip(work.items(), results, strict=True):
+            self._runner.cache.extend(item.slot, len(item.tokens))
+            if sampled is None:
+                continue
+            wake = self._accept(id, self._sequences[id], sampled)
+            if wake is not None:
+                wakes.append(wake)
+
+    def _accept(self, id: int, sequence: _Sequence, sampled: Sampled) -> Wake | None:
+        """Takes a sampled token into the answer and tells the reader."""
+        if not sampled.is_finite:
+            return self._fail(
+                id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity")
+            )
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._clock.monotonic_s()
+        sequence.output.append(sampled.token)
+        text, reason = _read(sequence, sampled.token, self.tokenizer.stop_ids)
+        event = GenerationEvent(
+            text=text,
+            token_ids=(sampled.token,),
+            usage=Usage(len(sequence.prompt), len(sequence.output)),
+            finish_reason=reason,
+            logprobs=() if sampled.logprob is None else (TokenLogprob(sampled.token, sampled.logprob, sampled.top),),
+        )
+        if reason is not None:
+            self._leave(id, reason)
+        return sequence.stream.deliver(event)
+
+    def _fail(self, id: int, error: BaseException) -> None:
+        """Ends one request with an error."""
+        sequence = self._leave(id, "failed")
+        if sequence is not None:
+            wake = sequence.stream.fail(error)
+            wake_readers([wake] if wake else [])
+
+    def _leave(self, id: int, outcome: Outcome) -> _Sequence | None:
+        """Frees everything that a request holds."""
+        with self._changed:
+            sequence = self._sequences.pop(id, None)
+        if sequence is None:
+            return None
+        self._scheduler.remove(id)
+        if sequence.slot is not None and self._runner is not None:
+            self._runner.cache.free(sequence.slot)
+        now_s = self._clock.monotonic_s()
+        self._mean_request_s += 0.1 * (now_s - sequence.submitted_s - self._mean_request_s)
+        self._observer.on_request(_stats(sequence, outcome, now_s))
+        if sequence.on_done is not None:
+            sequence.on_done()
+        return sequence
+
+
+def _slot(sequence: _Sequence) -> int:
+    assert sequence.slot is not None, "only sequences with a slot are planned"
+    return sequence.slot
+
+
+def _draw(sequence: _Sequence) -> Draw:
+    request = sequence.request
+    return Draw(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        seed=sequence.seed,
+        position=len(sequence.output),
+        logprobs=request.logprobs,
+    )
+
+
+def _read(sequence: _Sequence, token: int, stop_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
+    """The text that `token` adds, and whether the answer ends with it."""
+    reason: FinishReason | None = None
+    text = ""
+    if token in stop_ids and not sequence.request.ignore_eos:
+        reason = "stop"
+    else:
+        text = sequence.stop.push(sequence.decoder.push(token))
+        if sequence.stop.is_stopped:
+            reason = "stop"
+        elif len(sequence.output) >= sequence.max_tokens:
+            reason = "length"
+    if reason is not None and not sequence.stop.is_stopped:
+        text += sequence.stop.push(sequence.decoder.flush()) + sequence.stop.flush()
+        if sequence.stop.is_stopped:
+            reason = "stop"
+    return text, reason
+
+
+def _stats(sequence: _Sequence, outcome: Outcome, now_s: float) -> RequestStats:
+    begun_s, first_s, tokens = sequence.admitted_s, sequence.first_token_s, len(sequence.output)
+    return RequestStats(
+        outcome=outcome,
+        prompt_tokens=len(sequence.prompt),
+        completion_tokens=tokens,
+        queue_s=None if begun_s is None else begun_s - sequence.submitted_s,
+        ttft_s=None if first_s is None else first_s - sequence.submitted_s,
+        tpot_s=None if first_s is None or tokens < 2 else (now_s - first_s) / (tokens - 1),
+    )

@@ -1,0 +1,79 @@
+"""What Prometheus sees of serving. Counters and histograms a deployment; gauges a loaded version, gone when it goes."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from sihe.serving.engine.ports import RequestStats, StepStats
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_per_registry: dict[int, ServingMetrics] = {}
+
+
+class ServingMetrics:
+    """The metrics of every deployment on one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry  # kept, so that its id is not given to another one
+        deployment = ("deployment",)
+        replica = ("deployment", "version")
+        self.requests = _counter(registry, "requests", "requests ended", (*deployment, "outcome"))
+        self.tokens = _counter(registry, "tokens", "tokens of ended requests", (*deployment, "kind"))
+        self.queue = _histogram(registry, "queue_seconds", "from submission to a slot", deployment)
+        self.ttft = _histogram(registry, "ttft_seconds", "from submission to the first token", deployment)
+        self.tpot = _histogram(registry, "tpot_seconds", "mean time of a request's later tokens", deployment)
+        self.step = _histogram(registry, "step_seconds", "one engine step", deployment)
+        self.running = _gauge(registry, "running", "sequences in the batch", replica)
+        self.waiting = _gauge(registry, "waiting", "sequences without a slot", replica)
+        self.kv_used = _gauge(registry, "kv_used_ratio", "share of the KV cache that holds tokens", replica)
+
+    @classmethod
+    def on(cls, registry: CollectorRegistry = REGISTRY) -> ServingMetrics:
+        """The one set of metrics of a registry, however many gateways share it."""
+        if id(registry) not in _per_registry:
+            _per_registry[id(registry)] = cls(registry)
+        return _per_registry[id(registry)]
+
+
+class ReplicaMetrics:
+    """Watches one engine (an `EngineObserver`) of one deployment."""
+
+    def __init__(self, metrics: ServingMetrics, deployment: str, version: int) -> None:
+        self._metrics = metrics
+        self._deployment = deployment
+        self._labels = (deployment, str(version))
+        self._step = metrics.step.labels(deployment)
+
+    def on_step(self, stats: StepStats) -> None:
+        self._step.observe(stats.duration_s)
+        metrics, used = self._metrics, stats.kv_used_tokens / stats.kv_capacity_tokens
+        # Looked up each time: another replica of this version may have removed them when it went.
+        metrics.running.labels(*self._labels).set(stats.running)
+        metrics.waiting.labels(*self._labels).set(stats.waiting)
+        metrics.kv_used.labels(*self._labels).set(used)
+
+    def on_request(self, stats: RequestStats) -> None:
+        metrics, name = self._metrics, self._deployment
+        metrics.requests.labels(name, stats.outcome).inc()
+        metrics.tokens.labels(name, "prompt").inc(stats.prompt_tokens)
+        metrics.tokens.labels(name, "completion").inc(stats.completion_tokens)
+        timed = ((metrics.queue, stats.queue_s), (metrics.ttft, stats.ttft_s), (metrics.tpot, stats.tpot_s))
+        for histogram, value in timed:
+            if value is not None:
+                histogram.labels(name).observe(value)
+
+    def on_close(self) -> None:
+        for gauge in (self._metrics.running, self._metrics.waiting, self._metrics.kv_used):
+            gauge.remove(*self._labels)
+
+
+def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+    return Counter(f"sihe_serving_{name}", text, labels, registry=registry)
+
+
+def _gauge(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
+    return Gauge(f"sihe_serving_{name}", text, labels, registry=registry)
+
+
+def _histogram(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+    return Histogram(f"sihe_serving_{name}", text, labels, buckets=_SECONDS, registry=registry)

@@ -1,0 +1,110 @@
+"""Deployments in the records database: any process may write what is wanted, the serving one reports what is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Row, select
+
+from sihe.core.clock import Clock
+from sihe.core.errors import NotFound
+from sihe.core.records import Records
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState, ReplicaStatus
+from sihe.serving.tables import deployments
+
+REPORT_INTERVAL_S = 5.0
+_STALE_AFTER = timedelta(seconds=4 * REPORT_INTERVAL_S)
+
+
+class DeploymentStore:
+    """Rows of `sihe_deployments`."""
+
+    def __init__(self, records: Records, clock: Clock) -> None:
+        self._records = records
+        self._clock = clock
+
+    def put(self, name: str, model: str, selector: str, settings: EngineConfig) -> Deployment:
+        """Records what is wanted under `name`, new or changed; the same wish again changes nothing."""
+        now = self._clock.now()
+        wish: dict[str, Any] = {"model": model, "selector": selector, "settings": settings.to_mapping()}
+        with self._records.transaction() as connection:
+            row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
+            if row is None:
+                connection.execute(deployments.insert().values(name=name, **wish, created_at=now, updated_at=now))
+            elif any(getattr(row, key) != value for key, value in wish.items()):
+                connection.execute(
+                    deployments.update().where(deployments.c.name == name).values(**wish, updated_at=now)
+                )
+        return self.get(name)
+
+    def get(self, name: str) -> Deployment:
+        """The wish under `name`. Raises `NotFound`."""
+        return _deployment(self._row(name))
+
+    def all(self) -> list[Deployment]:
+        """Every deployment, by name."""
+        with self._records.transaction() as connection:
+            return [_deployment(row) for row in connection.execute(select(deployments).order_by(deployments.c.name))]
+
+    def remove(self, name: str) -> None:
+        """Forgets `name`. Raises `NotFound`."""
+        with self._records.transaction() as connection:
+            if connection.execute(deployments.delete().where(deployments.c.name == name)).rowcount == 0:
+                raise _missing(name)
+
+    def report(self, status: DeploymentStatus) -> None:
+        """Stores what the serving process says; a deployment that was removed meanwhile stays removed."""
+        said = asdict(status)
+        values = {key: said[key] for key in ("state", "version", "wanted", "error", "replicas")}
+        with self._records.transaction() as connection:
+            connection.execute(
+                deployments.update()
+                .where(deployments.c.name == status.name)
+                .values(status=values, reported_at=self._clock.now())
+            )
+
+    def reported(self, name: str) -> DeploymentStatus:
+        """What was last said about `name`; UNSERVED when that is too long ago. Raises `NotFound`."""
+        row = self._row(name)
+        deployment = _deployment(row)
+        fresh = row.reported_at is not None and self._clock.now() - row.reported_at < _STALE_AFTER
+        said = row.status if fresh else {"version": None, "wanted": None, "error": None, "replicas": []}
+        return DeploymentStatus(
+            name=name,
+            target=deployment.target,
+            state=DeploymentState(said["state"]) if fresh else DeploymentState.UNSERVED,
+            version=said["version"],
+            wanted=said["wanted"],
+            error=said["error"],
+            replicas=tuple(
+                ReplicaStatus(item["version"], ReplicaState(item["state"]), item["in_flight"])
+                for item in said["replicas"]
+            ),
+            updated_at=deployment.updated_at,
+            reported_at=row.reported_at,
+        )
+
+    def _row(self, name: str) -> Row[Any]:
+        with self._records.transaction() as connection:
+            row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
+        if row is None:
+            raise _missing(name)
+        return row
+
+
+def _missing(name: str) -> NotFound:
+    return NotFound("deployment", name, hint="see them with  sihe deploy list")
+
+
+def _deployment(row: Row[Any]) -> Deployment:
+    return Deployment(
+        name=row.name,
+        model=row.model,
+        selector=row.selector,
+        settings=EngineConfig.from_mapping(row.settings),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

@@ -1,0 +1,72 @@
+"""Deployments as they are wanted and as they are. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from sihe.serving.engine.config import EngineConfig
+
+
+class ReplicaState(StrEnum):
+    """A replica's life, in order; only READY ones get requests."""
+
+    LOADING = "LOADING"
+    WARMING = "WARMING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    GONE = "GONE"
+
+
+class DeploymentState(StrEnum):
+    """What a deployment can do for a request now."""
+
+    PENDING = "PENDING"  # a version is on its way and none serves yet
+    READY = "READY"
+    FAILED = "FAILED"  # no version serves and the last one could not be loaded
+    UNSERVED = "UNSERVED"  # no running process has reported about it lately
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is wanted: `name` answers with the version of `model` that `selector` points at.
+
+    The selector is an alias, a version number, or empty for the newest version.
+    """
+
+    name: str
+    model: str
+    selector: str
+    settings: EngineConfig
+    created_at: datetime
+    updated_at: datetime
+
+    @property
+    def target(self) -> str:
+        """The followed reference, such as `gpt@production`."""
+        return f"{self.model}@{self.selector}" if self.selector else self.model
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One loaded, or loading, version."""
+
+    version: int
+    state: ReplicaState
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """What is: which version answers (None: none yet), which one is wanted, and why they differ if they do."""
+
+    name: str
+    target: str
+    state: DeploymentState
+    version: int | None
+    wanted: int | None
+    error: str | None
+    replicas: tuple[ReplicaStatus, ...]
+    updated_at: datetime
+    reported_at: datetime | None
