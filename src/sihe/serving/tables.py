@@ -1,4 +1,4 @@
-"""The deployments table: what is wanted (written by whoever deploys) beside what is (written by the serving process)."""
+"""The deployments table: what is wanted (by whoever deploys) beside what is (as the serving process reports it)."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Engine:
     # ---- the caller's side ------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, *, on_done: Callable[[], None] | None = None) -> GenerationStream:
-        """Starts a request; its stream. `on_done` is called once, on the engine's thread, when the engine is done with it.
+        """Starts a request; its stream. `on_done` is called once, on the engine's thread, when it has left the engine.
 
         Raises `ContextTooLong`, `InvalidInput`, `QueueFull`, `EngineClosed`, `EngineDead`.
         """
@@ -311,9 +311,8 @@ class Engine:
     def _accept(self, id: int, sequence: _Sequence, sampled: Sampled) -> Wake | None:
         """Takes a sampled token into the answer and tells the reader."""
         if not sampled.is_finite:
-            return self._fail(
-                id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity")
-            )
+            self._fail(id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity"))
+            return None
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock.monotonic_s()
         sequence.output.append(sampled.token)

@@ -53,10 +53,10 @@ class NoObserver:
     """Nobody watches."""
 
     def on_step(self, stats: StepStats) -> None:
-        pass
+        """Ignored."""
 
     def on_request(self, stats: RequestStats) -> None:
-        pass
+        """Ignored."""
 
     def on_close(self) -> None:
-        pass
+        """Ignored."""

@@ -47,7 +47,7 @@ class ModelRunner:
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> ModelRunner:
-        """The model of `folder` with a cache as large as `config` and memory allow. Raises `NoMemory` before loading."""
+        """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading."""
         model_config, stored = _read_config(folder)
         dtype = _DTYPES[stored if config.dtype == "auto" else config.dtype]
         capacity = min(config.max_context or model_config.max_positions, model_config.max_positions)

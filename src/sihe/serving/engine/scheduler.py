@@ -53,8 +53,8 @@ class _Entry:
 class Scheduler:
     """Holds what waits and what runs, and plans steps over it.
 
-    `plan` changes nothing, so that a step that fails can be planned again; `commit` records that a plan was carried out.
-    Sequences leave by `remove`, whether they finished, failed or were aborted, waiting or running.
+    `plan` changes nothing; `commit` records that a plan is carried out. Sequences leave by `remove`, whether they
+    finished, failed or were aborted, waiting or running.
     """
 
     def __init__(self, *, slots: int, token_budget: int) -> None:

@@ -18,7 +18,7 @@ from sihe.serving.engine.types import ChatMessage
 
 
 class ModelTokenizer:
-    """Text to token ids and back, conversations to prompts, and the ids at which an answer ends. Safe across threads."""
+    """Text to token ids and back, conversations to prompts, and the ids that end an answer. Safe across threads."""
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], *, stop_ids: frozenset[int], folder: Path) -> None:
         self._tokenizer = tokenizer
@@ -68,8 +68,8 @@ class ModelTokenizer:
         """A conversation as the model's chat template writes it. Raises `InvalidInput` where the template refuses."""
         if self._template is None:
             raise InvalidInput(
-                f"the model in {self._folder.name!r} has no chat template: use /v1/completions, or add chat_template to "
-                "its tokenizer_config.json"
+                f"the model in {self._folder.name!r} has no chat template: use /v1/completions, "
+                "or add chat_template to its tokenizer_config.json"
             )
         special = {
             key: value["content"] if isinstance(value, dict) else value

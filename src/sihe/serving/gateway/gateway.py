@@ -53,7 +53,7 @@ class Gateway:
     # ---- what is wanted ---------------------------------------------------------------------------------------------
 
     def deploy(self, name: str, target: str, *, settings: EngineConfig | None = None) -> DeploymentStatus:
-        """Makes `name` answer with the model version behind `target` (`model@alias`, `model@3`, or `model`: its newest).
+        """Makes `name` answer with the version behind `target` (`model@alias`, `model@3`, or `model`: its newest).
 
         Deploying again under the same name changes what it follows. Raises `NotFound` when nothing is behind `target`.
         """
@@ -90,9 +90,9 @@ class Gateway:
         """One deployment. Raises `NotFound`."""
         return self._status(self._store.get(name))
 
-    def served(self) -> list[DeploymentStatus]:
+    def served(self) -> tuple[DeploymentStatus, ...]:
         """What this process serves, from memory."""
-        return [route.status() for _, route in sorted(self._routes.items())]
+        return tuple(route.status() for _, route in sorted(self._routes.items()))
 
     def wait_ready(self, name: str, *, timeout_s: float = 120.0) -> DeploymentStatus:
         """Blocks until `name` serves what is wanted. Raises what prevents it, or `Busy` after `timeout_s`."""

@@ -45,6 +45,7 @@ class ReplicaMetrics:
         self._step = metrics.step.labels(deployment)
 
     def on_step(self, stats: StepStats) -> None:
+        """Times the step and shows how full the engine is."""
         self._step.observe(stats.duration_s)
         metrics, used = self._metrics, stats.kv_used_tokens / stats.kv_capacity_tokens
         # Looked up each time: another replica of this version may have removed them when it went.
@@ -53,6 +54,7 @@ class ReplicaMetrics:
         metrics.kv_used.labels(*self._labels).set(used)
 
     def on_request(self, stats: RequestStats) -> None:
+        """Counts the request, its tokens and its waits."""
         metrics, name = self._metrics, self._deployment
         metrics.requests.labels(name, stats.outcome).inc()
         metrics.tokens.labels(name, "prompt").inc(stats.prompt_tokens)
@@ -63,6 +65,7 @@ class ReplicaMetrics:
                 histogram.labels(name).observe(value)
 
     def on_close(self) -> None:
+        """Takes the gauges of a replica that is gone off the page."""
         for gauge in (self._metrics.running, self._metrics.waiting, self._metrics.kv_used):
             gauge.remove(*self._labels)
 
