@@ -1,0 +1,18 @@
+"""Networks and their checkpoints. Knows nothing of parallelism, training or serving."""
+
+from sihe.core.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Attend": "sihe.models.ports",
+        "CheckpointMismatch": "sihe.models.errors",
+        "Decoder": "sihe.models.decoder",
+        "ModelConfig": "sihe.models.config",
+        "UnsupportedModel": "sihe.models.errors",
+        "load_config": "sihe.models.checkpoint",
+        "load_model": "sihe.models.checkpoint",
+        "native_bf16": "sihe.models.precision",
+        "save_model": "sihe.models.checkpoint",
+    },
+)
