@@ -7,20 +7,23 @@ from however many processes it is called: that is what lets a job that was kille
 from __future__ import annotations
 
 import bisect
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
 
-from sihe.core.errors import Busy, CorruptData, NotFound, SiheError, Unreachable
+from sihe.core.errors import Busy, CorruptData, InternalError, NotFound, SiheError, Unreachable
 from sihe.core.files import disk_errors
+from sihe.core.ids import new_id
 from sihe.data.errors import SchemaMismatch
 from sihe.data.lake.types import Commit
 
@@ -30,9 +33,8 @@ if TYPE_CHECKING:
 _ATTEMPTS = 30
 _PAUSE_S = 0.02  # first pause after a lost race; doubles up to a second, with jitter so that the losers part
 _KEY = "sihe.key"
+_APPEND_ID = "sihe.append"
 _CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days"}  # Delta forgets versions after 30 days by itself
-
-_Result = TypeVar("_Result")
 
 
 class LakeTable:
@@ -96,19 +98,23 @@ class LakeTable:
             found = pa.table(table.scan(columns=names, predicate=where).read_all())
             return found.cast(pa.schema([schema.field(name) for name in names]))  # the engine reads strings as views
 
-    def history(self) -> list[Commit]:
-        """Every version, newest first. Raises `NotFound`, `CorruptData`, and `Busy` under ceaseless appends."""
+    def history(self, limit: int | None = None) -> list[Commit]:
+        """The versions, newest first, `limit` at most. Raises `NotFound`, `CorruptData`.
 
-        def attempt() -> list[Commit]:
-            # delta-rs lists the log anew and numbers what it finds downwards from the version that was opened: right
-            # only if no commit came in between.
-            table = self._open()
-            commits = self._commits(table)
-            if self.version != table.version():
-                raise _LostRace
-            return commits
-
-        return self._retry(attempt)
+        Read from the log's own files: delta-rs numbers its history wrongly while others commit.
+        """
+        newest = self.version
+        oldest = -1 if limit is None else max(newest - limit, -1)
+        commits = []
+        for version in range(newest, oldest, -1):
+            entry = self._log_entry(version)
+            if entry is None:  # tables that others made may forget old versions
+                break
+            try:
+                commits.append(_commit(version, entry))
+            except ValueError as error:
+                raise CorruptData(f"{self.url}/_delta_log", f"the entry of version {version} is not JSON") from error
+        return commits
 
     # ---- opening and writing ----------------------------------------------------------------------------------------
 
@@ -127,12 +133,13 @@ class LakeTable:
         if version is None or version == newest.version():
             return newest
         if not 0 <= version < newest.version():
-            oldest = self._commits(newest)[-1].version
+            oldest = self.history()[-1].version
             hint = f"table {self.name!r} has the versions {oldest} to {newest.version()}"
             raise NotFound("version", str(version), hint=hint)
         return self._open(version)
 
     def _write(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
+        append_id = new_id("append")
         with self._errors():
             write_deltalake(
                 self.url if table is None else table,
@@ -144,11 +151,16 @@ class LakeTable:
                 storage_options=self._storage_options,
                 writer_properties=WriterProperties(compression="ZSTD"),
                 commit_properties=CommitProperties(
-                    custom_metadata={_KEY: key} if key is not None else None,
+                    custom_metadata={_APPEND_ID: append_id} | ({_KEY: key} if key is not None else {}),
                     app_transactions=[Transaction(key, 1)] if key is not None else None,
                 ),
             )
-        return 0 if table is None else table.version()  # the write moves its table to the version that it made
+        # A write does not report its version, and the table object may have moved past it, so the log is asked. (Of two
+        # writes that create a table, delta-rs may commit the loser as version 1.)
+        for version in range((table or self._open()).version(), -1, -1):
+            if append_id in (self._log_entry(version) or ""):
+                return version
+        raise InternalError(f"table {self.name!r} has no commit {append_id!r}, though it was written")
 
     def _fit(self, rows: pa.Table, schema: pa.Schema) -> pa.Table:
         if sorted(rows.column_names) != sorted(schema.names):
@@ -160,7 +172,7 @@ class LakeTable:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise SchemaMismatch(self.name, str(error)) from error
 
-    def _retry(self, attempt: Callable[[], _Result]) -> _Result:
+    def _retry(self, attempt: Callable[[], int]) -> int:
         pause_s = _PAUSE_S
         for _ in range(_ATTEMPTS):
             try:
@@ -170,11 +182,16 @@ class LakeTable:
                 pause_s = min(2 * pause_s, 1.0)
         raise Busy(f"table {self.name!r}: other writers won {_ATTEMPTS} races in a row: try again when fewer write")
 
-    # ---- history ----------------------------------------------------------------------------------------------------
+    # ---- the log ----------------------------------------------------------------------------------------------------
 
-    def _commits(self, table: DeltaTable) -> list[Commit]:
+    def _log_entry(self, version: int) -> str | None:
         with self._errors():
-            return [_commit(entry) for entry in table.history()]
+            store = DeltaStorageHandler(self.url, self._storage_options)
+            try:
+                content: bytes = store.open_input_file(f"_delta_log/{version:020d}.json").read()
+            except FileNotFoundError:
+                return None
+            return content.decode()
 
     def _version_with(self, key: str, newest: int) -> int:
         """The first version that knows the append `key`, by bisection: from there on every version does."""
@@ -220,12 +237,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _commit(entry: Mapping[str, Any]) -> Commit:
-    rows = entry.get("operationMetrics", {}).get("num_added_rows")
+def _commit(version: int, entry: str) -> Commit:
+    actions = [json.loads(line) for line in entry.splitlines() if line]
+    info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+    rows = info.get("operationMetrics", {}).get("num_added_rows")
     return Commit(
-        version=int(entry["version"]),
-        at=datetime.fromtimestamp(entry["timestamp"] / 1000, UTC),
-        operation=str(entry.get("operation", "unknown")).lower(),
+        version=version,
+        at=datetime.fromtimestamp(info.get("timestamp", 0) / 1000, UTC),
+        operation=str(info.get("operation", "unknown")).lower(),
         rows_added=None if rows is None else int(rows),
-        key=entry.get(_KEY),
+        key=info.get(_KEY),
     )
