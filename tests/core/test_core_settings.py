@@ -14,7 +14,9 @@ from sihe.core.workspace import Workspace
 
 
 def _load(directory: Path, environ: dict[str, str] | None = None, **flags: object) -> settings.Settings:
-    return settings.load({key.replace("__", "."): value for key, value in flags.items()}, environ=environ or {}, directory=directory)
+    return settings.load(
+        {key.replace("__", "."): value for key, value in flags.items()}, environ=environ or {}, directory=directory
+    )
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:

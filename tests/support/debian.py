@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +41,10 @@ def _find(binary: str) -> str | None:
 
 def _install(package: str, binary: str) -> str | None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]):
+    for command in (
+        ["apt-get", "update", "-qq"],
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package],
+    ):
         done = subprocess.run(command, env=environment, capture_output=True, timeout=280, check=False)
         if done.returncode:
             return None
@@ -64,14 +69,14 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 3
 
 
 @contextmanager
-def postgres_server(folder: Path) -> Iterator[str]:
-    """A PostgreSQL server of its own in `folder`, on loopback; yields its SQLAlchemy URL."""
+def postgres_server() -> Iterator[str]:
+    """A PostgreSQL server of its own, on loopback, with a folder of its own; yields its SQLAlchemy URL."""
     initdb, postgres = ensure("postgresql", "initdb"), ensure("postgresql", "postgres")
     # The server refuses to run as root: it runs as the user that the package made.
     as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+    # Not under pytest's temporary folder: that one is closed to other users.
+    folder = Path(tempfile.mkdtemp(prefix="sihe-postgres-"))
     if as_user:
-        for parent in (folder, *folder.parents[:3]):
-            parent.chmod(parent.stat().st_mode | 0o011)
         shutil.chown(folder, "postgres", "postgres")
     data, port = folder / "data", free_port()
     subprocess.run(
@@ -90,8 +95,9 @@ def postgres_server(folder: Path) -> Iterator[str]:
         wait_until(lambda: _accepts(port), "PostgreSQL's start")
         yield f"postgresql://sihe@127.0.0.1:{port}/postgres"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # fast shutdown: do not wait for clients
         server.wait(timeout=30)
+        shutil.rmtree(folder)
 
 
 def _accepts(port: int) -> bool:
