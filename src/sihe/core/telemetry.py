@@ -29,7 +29,7 @@ def configure_logs(level: Literal["debug", "info", "warning", "error"], form: Li
             else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(file=sys.stderr),  # the stream of this moment: tests swap it
         cache_logger_on_first_use=False,
     )
 
