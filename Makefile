@@ -1,0 +1,51 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check unit bench peers test-ray pin reference clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev,s3]'
+	touch $(READY)
+
+demo: $(READY)  ## the main job on real input, about 3 minutes
+	$(BIN)/sihe demo
+
+test: check unit  ## lint, types, house rules, unit tests, journeys
+
+check: $(READY)  ## lint, format, types, import contracts
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check --quiet src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not ray and not k8s"
+
+bench: $(READY)  ## measure claims: make bench ROOM=training
+	$(BIN)/python -m benchmarks.run $(ROOM)
+
+peers: $(READY)  ## environments for the peers of a room's benchmarks: make peers ROOM=vectors
+	$(BIN)/python -m benchmarks.peers $(ROOM)
+
+test-ray: $(READY)  ## tests on Ray
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pytest -m ray; status=$$?; [ $$status -eq 5 ] && echo "no test needs Ray yet" || exit $$status
+
+pin: $(READY)  ## write the public names anew, after a deliberate change
+	$(BIN)/python tests/architecture/pin.py
+
+reference: $(READY)  ## write the reference pages anew
+	$(BIN)/python -m sihe.cli.reference docs
+
+clean:  ## remove everything that was built, the demo's home included
+	rm -rf $(VENV) .sihe .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
