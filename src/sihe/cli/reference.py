@@ -61,7 +61,9 @@ def _entry(command: Any, path: tuple[str, ...]) -> list[str]:
     usage = " ".join([*path, *(item.make_metavar(typer.Context(command)) for item in arguments)])
     parts = ["#" * min(len(path) + 1, 4) + f" `{usage}`", "", (command.help or "").strip(), ""]
     for item in options:
-        default = "" if item.default in (None, False, (), []) or callable(item.default) else f" (default `{item.default}`)"
+        default = (
+            "" if item.default in (None, False, (), []) or callable(item.default) else f" (default `{item.default}`)"
+        )
         parts.append(f"- `{', '.join([*item.opts, *item.secondary_opts])}` {item.help or ''}{default}")
     return [*parts, ""] if options else parts
 
