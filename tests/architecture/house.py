@@ -124,13 +124,10 @@ def _python(code: str, *arguments: str, source: Path) -> str:
 
 def lint_imports(source: Path, configuration: Path) -> tuple[bool, str]:
     """Whether import-linter's contracts hold for the tree at `source`, and what it said."""
+    code = "import sys; from importlinter.cli import lint_imports as lint\n"
+    code += f"sys.exit(lint(config_filename={str(configuration)!r}, no_cache=True))"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports("
-            f"config_filename={str(configuration)!r}, no_cache=True))",
-        ],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
