@@ -45,7 +45,7 @@ def create_app(workspace: Workspace) -> FastAPI:
     console = Console(workspace, views, Gateway(workspace), RagService(workspace), CoachService(workspace))
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         console.gateway.start()
         try:
             yield
@@ -58,7 +58,12 @@ def create_app(workspace: Workspace) -> FastAPI:
     app.state.console = console
     install_failures(app, views)
     install_errors(app)
-    for routes in (serving_api(console.gateway), rag_api(console.rag), coach_api(console.coach), vectors_api(workspace)):
+    for routes in (
+        serving_api(console.gateway),
+        rag_api(console.rag),
+        coach_api(console.coach),
+        vectors_api(workspace),
+    ):
         app.include_router(routes)
     for page in _PAGES:
         app.include_router(page.router(console))
@@ -96,6 +101,6 @@ class _Static(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
-        if response.status_code == 200 and b"v=" in scope.get("query_string", b""):
-            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        versioned = b"v=" in scope.get("query_string", b"")
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if versioned else "no-cache"
         return response

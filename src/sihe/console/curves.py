@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sihe.core.tracking import MetricPoint, Run, Tracking
 
 MOST_POINTS = 1500
+_QUIET_LOOKS = 8
 # What the charts of a training run show first; every other metric follows by name.
 FIRST = ("loss", "tokens_per_s", "learning_rate", "lr", "gradient_norm", "grad_norm")
 
@@ -44,11 +45,15 @@ class RunCurves:
     run_id: str
     _seen: dict[str, frozenset[tuple[int, float]]] = field(default_factory=dict)
     _last: Mapping[str, float] = field(default_factory=dict)
+    _quiet: int = 0
 
     def changes(self, run: Run) -> Series:
         """The points that this reader has not had yet. Costs one small look when the run logged nothing new."""
         changed: dict[str, tuple[list[int], list[float | None]]] = {}
-        if run.status == "RUNNING" and run.metrics == self._last:
+        # The last values stand for the newest step: a run that repeats steps after a recovery changes none of them.
+        quiet = run.status == "RUNNING" and run.metrics == self._last
+        self._quiet = self._quiet + 1 if quiet else 0
+        if self._quiet % _QUIET_LOOKS:
             return changed
         for metric in run.metrics:
             points = self.tracking.history(self.run_id, metric)

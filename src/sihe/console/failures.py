@@ -30,7 +30,9 @@ def install_failures(app: FastAPI, views: Views) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         detail = "" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
-        return failure(views, request, error.status_code, detail, kind="HTTPException", headers=dict(error.headers or {}))
+        return failure(
+            views, request, error.status_code, detail, kind="HTTPException", headers=dict(error.headers or {})
+        )
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -53,6 +55,7 @@ class Bugs:
         self._views = views
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on; an exception that nobody caught becomes an answer and a log line."""
         began = False
 
         async def watched(message: Message) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,24 +16,32 @@ if TYPE_CHECKING:
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    return MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"]).disable("image")
+    return (
+        MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"]).disable("image")
+    )
 
 
-def render(text: str, *, top_level: int = 2) -> Markup:
-    """`text` as HTML; its first-level headings become `<h{top_level}>`, deeper ones follow, so that a page has one h1."""
+def render(text: str, *, top_level: int = 2, references: Mapping[str, str] | None = None) -> Markup:
+    """`text` as HTML; its first-level headings become `<h{top_level}>`, deeper ones follow, so that a page has one h1.
+
+    `references` gives the links behind citations such as `[zero-paper]`.
+    """
     parser = _parser()
-    tokens = parser.parse(text)
+    definitions = "".join(f"\n[{key}]: {target}" for key, target in (references or {}).items())
+    tokens = parser.parse(f"{text}\n{definitions}" if definitions else text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1]) + top_level - 1)}"
         if token.type == "table_open":
             token.attrSet("class", "data")
+        if token.type == "fence":
+            token.attrSet("tabindex", "0")  # a long line scrolls, and the keyboard must reach it
         if token.type == "th_open":
             token.attrSet("scope", "col")
         token.attrs.pop("style", None)  # column alignment arrives as an inline style, which the page's policy forbids
-    return Markup(parser.renderer.render(tokens, parser.options, {}))  # noqa: S704 - html=False escapes every tag
+    return Markup(parser.renderer.render(tokens, parser.options, {}))
 
 
 def inline(text: str) -> Markup:
     """One line of Markdown, without the paragraph around it."""
-    return Markup(_parser().renderInline(text))  # noqa: S704 - html=False escapes every tag
+    return Markup(_parser().renderInline(text))

@@ -53,6 +53,7 @@ class SecurityHeaders:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, and adds the headers to what comes back."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -79,21 +80,24 @@ class Guard:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or refuses it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
-        refusal = self._refusal(request)
+        refusal = self._foreign(request)
+        if refusal is None and self._keys and not request.url.path.startswith(_OPEN_PATHS):
+            key = key_of(request.headers, self._keys)
+            if key is None:
+                refusal = 401, "a key is needed: send it as  Authorization: Bearer …"
+            request.state.is_authorised = key is not None  # rooms that check keys themselves let it pass
         await (self._refuse(request, *refusal) if refusal else self._app)(scope, receive, send)
 
-    def _refusal(self, request: Request) -> tuple[int, str] | None:
+    def _foreign(self, request: Request) -> tuple[int, str] | None:
         if is_foreign_host(request.headers, listening_on=self._host):
             return 400, f"this server answers on this machine only, not as {request.headers.get('host', '')!r}"
         if is_foreign_write(request):
             return 403, "a page of another site may not change anything here"
-        open_path = request.url.path.startswith(_OPEN_PATHS)
-        if self._keys and not open_path and not holds_key(request.headers, self._keys):
-            return 401, "a key is needed: send it as  Authorization: Bearer …"
         return None
 
 
@@ -134,8 +138,8 @@ def session_for(key: str) -> str:
     return hmac.new(key.encode(), b"sihe console session", hashlib.sha256).hexdigest()
 
 
-def holds_key(headers: Headers, keys: Iterable[str]) -> bool:
-    """Whether the request carries one of `keys` as Bearer token, or the session cookie that one of them gave."""
+def key_of(headers: Headers, keys: Iterable[str]) -> str | None:
+    """The one of `keys` that the request carries as Bearer token, or proves by the session cookie that the key gave."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     shown = token.strip() if scheme.lower() == "bearer" else ""
     try:
@@ -144,9 +148,10 @@ def holds_key(headers: Headers, keys: Iterable[str]) -> bool:
         cookie = None
     session = cookie.value if cookie else ""
     # Every key is compared, and in constant time, so that the answer's delay tells nothing about them.
-    matches = [
-        hmac.compare_digest(key.encode(), shown.encode())
-        | hmac.compare_digest(session_for(key).encode(), session.encode())
+    matching = [
+        key
         for key in keys
+        if hmac.compare_digest(key.encode(), shown.encode())
+        | hmac.compare_digest(session_for(key).encode(), session.encode())
     ]
-    return any(matches)
+    return matching[0] if matching else None

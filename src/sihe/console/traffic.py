@@ -20,6 +20,7 @@ class Traffic:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on and counts what comes back."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -33,12 +33,13 @@ def flag(key: str) -> Any:
     return _flags.get(key)
 
 
-def workspace() -> Workspace:
-    """The workspace that flags, environment and file describe."""
+def workspace(flags: Mapping[str, Any] | None = None) -> Workspace:
+    """The workspace that flags, environment and file describe. A command's own `flags` win over the global ones."""
     from sihe.core import settings, telemetry
     from sihe.core.workspace import Workspace
 
-    resolved = settings.load(_flags)
+    own = {key: value for key, value in (flags or {}).items() if value is not None}
+    resolved = settings.load({**_flags, **own})
     telemetry.configure_logs(resolved.log.level, resolved.log.format)
     return Workspace(resolved)
 

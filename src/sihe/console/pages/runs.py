@@ -45,9 +45,7 @@ def router(console: Console) -> APIRouter:
         return tuple(point.value for point in thin(tracking.history(run.id, "loss"), _SPARK_POINTS))
 
     @routes.get("/runs")
-    def runs(
-        request: Request, experiment: str = "", limit: Annotated[int, Query(ge=1, le=500)] = 50
-    ) -> HTMLResponse:
+    def runs(request: Request, experiment: str = "", limit: Annotated[int, Query(ge=1, le=500)] = 50) -> HTMLResponse:
         t = translator(console.views.language(request))
         found = tracking.runs(experiment or None, limit=limit)
         sparks = {}

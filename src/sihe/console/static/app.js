@@ -1,5 +1,7 @@
 // The frame of every page: theme, keyboard, copying, and what htmx leaves to us. No inline script anywhere.
 
+import { listen, renew } from "./live.js";
+
 const THEMES = ["auto", "light", "dark"];
 const announce = (text) => { document.getElementById("announce").textContent = text; };
 
@@ -33,6 +35,8 @@ for (const link of document.querySelectorAll('a[href^="?lang="]')) {
   link.href = address.pathname + address.search;
 }
 
+for (const field of document.querySelectorAll("select[data-submit]")) field.addEventListener("change", () => field.form.requestSubmit());
+
 // ---- keyboard: g then a letter goes to a page; / focuses the page's own search; ? shows them all ------------------
 let pendingGo = 0;
 document.addEventListener("keydown", (event) => {
@@ -52,6 +56,8 @@ document.addEventListener("keydown", (event) => {
     if (field) { event.preventDefault(); field.focus(); }
   }
 });
+
+for (const element of document.querySelectorAll("[data-live]")) listen(element.dataset.live, { status: renew });
 
 // ---- forms that ask before they do something that cannot be undone ------------------------------------------------
 document.addEventListener("submit", (event) => {

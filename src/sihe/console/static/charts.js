@@ -1,5 +1,7 @@
 // Curves by uPlot: live ones over one event stream a page, and fixed ones from a page's own data.
 
+import { listen, renew } from "./live.js";
+
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // light-dark() is resolved only where a colour is used, so a hidden element is asked for the colour itself.
 const probe = document.createElement("i");
@@ -11,11 +13,12 @@ function colour(name) {
 }
 
 const SERIES = ["--accent", "--area-c", "--warn", "--area-b", "--bad", "--area-a"];
+const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
 const compact = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, notation: "compact" });
-const figure = (value) => (value == null ? "–" : Math.abs(value) > 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : compact.format(value));
+const figure = (value) => (value == null ? "–" : Math.abs(value) > 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : Math.abs(value) < 1e5 ? plain.format(value).replaceAll(",", "\u2009") : compact.format(value));
 
 // Draws `data` ([[x…], [y…], …]) into `box`; redraws on a new width and on a new theme.
-function curve(box, { labels, xLabel, log = false, logX = false, dots = false, marks = () => [] }) {
+function curve(box, { labels, xLabel, log = false, logX = false, yLabel = "", dots = false, marks = () => [] }) {
   let plot = null;
   let data = [[], ...labels.map(() => [])];
   const axis = () => ({ stroke: colour("--text-2"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, font: `12px ${style("--sans")}` });
@@ -74,27 +77,23 @@ function follow(root) {
   function draw(metric) {
     const points = [...values.get(metric)].sort((a, b) => a[0] - b[0]);
     if (points.length < 2) return;
-    if (!charts.has(metric)) charts.set(metric, curve(boxFor(metric), { labels: [metric], xLabel, marks: () => restarts }));
+    if (!charts.has(metric)) charts.set(metric, curve(boxFor(metric), { labels: [boxFor(metric).dataset.label ?? metric], xLabel, marks: () => restarts }));
     charts.get(metric).set([points.map((point) => point[0]), points.map((point) => point[1])]);
     const last = boxFor(metric).closest(".card").querySelector("[data-last]");
     if (last) last.textContent = figure(points.at(-1)[1]);
   }
-  const source = new EventSource(stream);
-  source.addEventListener("curves", (event) => {
-    const { whole, series, restarts: at } = JSON.parse(event.data);
-    restarts = at;
-    if (whole) values.clear();
-    for (const [metric, [steps, measured]] of Object.entries(series)) {
-      if (!values.has(metric)) values.set(metric, new Map());
-      steps.forEach((step, index) => values.get(metric).set(step, measured[index]));
-      draw(metric);
-    }
+  listen(stream, {
+    status: renew,
+    curves({ whole, series, restarts: at }) {
+      restarts = at;
+      if (whole) values.clear();
+      for (const [metric, [steps, measured]] of Object.entries(series)) {
+        if (!values.has(metric)) values.set(metric, new Map());
+        steps.forEach((step, index) => values.get(metric).set(step, measured[index]));
+        draw(metric);
+      }
+    },
   });
-  source.addEventListener("status", (event) => {
-    for (const [id, html] of Object.entries(JSON.parse(event.data))) document.getElementById(id)?.replaceChildren(...new DOMParser().parseFromString(html, "text/html").body.childNodes);
-  });
-  source.addEventListener("end", () => source.close());
-  addEventListener("pagehide", () => source.close());
 }
 
 // ---- charts whose data stand in the page ------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Runs the application: the port is taken before anything starts, and streams end when the server stops."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from sihe.console.app import create_app
+from sihe.core.errors import ConfigError, PortInUse
+from sihe.core.workspace import Workspace
+
+_BACKLOG = 2048
+_LAST_WORDS_S = 10  # how long running requests may take once the server stops
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host:port` (0 takes a free one). Raises `PortInUse` and `ConfigError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"server.host {host!r} is no address of this machine: {error}", key="server.host") from error
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to fade
+    try:
+        bound.bind(address)
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(host, port) from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES):
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", key="server.host") from error
+        raise
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address that a browser opens."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serves the workspace on its settings' host and port until it is interrupted.
+
+    `on_ready` gets the address once requests are answered. Raises `PortInUse` before anything else has happened.
+    """
+    server_settings = workspace.settings.server
+    bound = listen(server_settings.host, server_settings.port)
+    try:
+        app = create_app(workspace)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+        )
+        _Server(
+            config, stopping=app.state.console.stopping.set, ready=lambda: on_ready and on_ready(url_of(bound))
+        ).run(sockets=[bound])
+    finally:
+        bound.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a word before it begins and ends: open event streams would otherwise hold the shutdown up."""
+
+    def __init__(self, config: uvicorn.Config, *, stopping: Callable[[], None], ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping()
+        await super().shutdown(sockets)
