@@ -135,15 +135,15 @@ def _whole(name: str, weight: Tensor) -> _Slot:
 
 def _open(folder: Path, open_files: ExitStack) -> dict[str, Any]:
     """Tensor name → open file, of one safetensors file or of the shards that an index lists."""
-    if (folder / INDEX).is_file():
+    if (folder / WEIGHTS).is_file():  # before the index, as transformers does
+        names = [WEIGHTS]
+    elif (folder / INDEX).is_file():
         weight_map = _json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CorruptData(folder / INDEX, "no 'weight_map' in it")
         names = sorted(set(map(str, weight_map.values())))
         if any(Path(name).name != name for name in names):
             raise CorruptData(folder / INDEX, "a shard lies outside the model folder")
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
     else:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         hint = "it has pickled weights only: save them as safetensors" if pickled else f"expected {WEIGHTS} or {INDEX}"

@@ -53,11 +53,9 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is a positive number, got {getattr(self, name)!r}", key=name)
-        for token in (self.bos_token_id, *self.eos_token_ids):
+        for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in self.eos_token_ids)):
             if token is not None and not 0 <= token < self.vocab_size:
-                raise ConfigError(
-                    f"token ids lie in 0..{self.vocab_size - 1} (vocab_size), got {token}", key="vocab_size"
-                )
+                raise ConfigError(f"{name} lies in 0..{self.vocab_size - 1} (vocab_size), got {token!r}", key=name)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -114,24 +112,28 @@ class ModelConfig:
         missing = [key for key in _NEEDED if values.get(key) is None]
         if missing:
             raise ConfigError(f"config.json lacks {missing[0]!r}: it must describe a Llama model", key=missing[0])
-        heads = _whole(values, "num_attention_heads")
-        eos = values.get("eos_token_id")
-        eos_ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+        heads = _size(values, "num_attention_heads")
+        bos, eos = _tokens(values, "bos_token_id"), _tokens(values, "eos_token_id")
+        tied = values.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise ConfigError(
+                f"config.json: tie_word_embeddings is true or false, got {tied!r}", key="tie_word_embeddings"
+            )
         return cls(
-            vocab_size=_whole(values, "vocab_size"),
-            hidden_size=_whole(values, "hidden_size"),
-            num_layers=_whole(values, "num_hidden_layers"),
+            vocab_size=_size(values, "vocab_size"),
+            hidden_size=_size(values, "hidden_size"),
+            num_layers=_size(values, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_whole(values, "num_key_value_heads", heads),
-            head_dim=_whole(values, "head_dim", _whole(values, "hidden_size") // heads),
-            intermediate_size=_whole(values, "intermediate_size"),
-            max_positions=_whole(values, "max_position_embeddings", 2048),
+            num_kv_heads=_size(values, "num_key_value_heads", heads),
+            head_dim=_size(values, "head_dim", _size(values, "hidden_size") // heads),
+            intermediate_size=_size(values, "intermediate_size"),
+            max_positions=_size(values, "max_position_embeddings", 2048),
             rope_theta=_rope_theta(values),
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_id=eos_ids[0] if eos_ids else None,
-            more_eos_token_ids=tuple(eos_ids[1:]),
+            norm_eps=_number(values, "rms_norm_eps", 1e-6),
+            tie_embeddings=tied,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_id=eos[0] if eos else None,
+            more_eos_token_ids=tuple(eos[1:]),
         )
 
 
@@ -152,12 +154,28 @@ _REQUIRED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "atten
 _NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = values.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"config.json: {key} is a positive whole number, got {value!r}", key=key)
     return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = values.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} is a number, got {value!r}", key=key)
+    return float(value)
+
+
+def _tokens(values: Mapping[str, Any], key: str) -> list[int]:
+    """Token ids: config.json has none, one, or a list of them."""
+    value = values.get(key)
+    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise ConfigError(f"config.json: {key} is a token id or a list of them, got {value!r}", key=key)
+    return tokens
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
@@ -171,7 +189,4 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UnsupportedModel("partial_rotary_factor", partial, "1.0")
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float) or isinstance(theta, bool):
-        raise ConfigError(f"config.json: rope_theta is a number, got {theta!r}", key="rope_theta")
-    return float(theta)
+    return _number(rope if "rope_theta" in rope else values, "rope_theta", 10000.0)
