@@ -65,6 +65,10 @@ class NotReady(TransientError):
         self.name = name
 
 
+class StreamClosed(TransientError):
+    """Whoever read the stream closed it before its end; there is no whole answer."""
+
+
 class EngineClosed(TransientError):
     """The engine is closed, or drains before it closes; what it had begun is finished."""
 

@@ -129,7 +129,7 @@ class Engine:
             prompt=prompt,
             max_tokens=min(room, request.max_tokens or room),
             seed=secrets.randbits(64) if request.seed is None else request.seed,
-            stream=GenerationStream(id, self.name, self._abort),
+            stream=GenerationStream(id, self.name, abort=self._abort, token_text=self.tokenizer.token_text),
             decoder=self.tokenizer.decoder(),
             stop=StopFilter(request.stop),
             on_done=on_done,

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from sihe.core.errors import Busy
 from sihe.serving.engine.types import Generation, GenerationEvent, join_events
+from sihe.serving.errors import StreamClosed
 
 Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
@@ -20,13 +21,17 @@ Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class GenerationStream:
     """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
 
-    `served_by` names the model version that answers. `close` aborts what has not been generated yet; leaving the stream
-    as a context manager closes it. An error of the request is raised to the reader, after the events that came before.
+    `served_by` names the model version that answers, and `token_text` spells its tokens. `close` aborts what has not been
+    generated yet; leaving the stream as a context manager closes it. An error of the request is raised to the reader,
+    after the events that came before.
     """
 
-    def __init__(self, id: int, served_by: str, abort: Callable[[int], None]) -> None:
+    def __init__(
+        self, id: int, served_by: str, *, abort: Callable[[int], None], token_text: Callable[[int], str]
+    ) -> None:
         self.id = id
         self.served_by = served_by
+        self.token_text = token_text
         self._abort = abort
         self._changed = threading.Condition()
         self._events: list[GenerationEvent] = []
@@ -144,7 +149,7 @@ def _set_all(waiters: list[asyncio.Future[None]]) -> None:
 
 def _whole(events: list[GenerationEvent]) -> Generation:
     if not events or events[-1].finish_reason is None:
-        raise asyncio.CancelledError("the stream was closed before its end")
+        raise StreamClosed("the stream was closed before its end")
     event = join_events(events)
     assert event.finish_reason is not None
     return Generation(event.text, event.token_ids, event.usage, event.finish_reason, event.logprobs)

@@ -1,0 +1,78 @@
+"""`sihe deploy …`: what is deployed, and which version an alias points at. A running `sihe up` makes it so."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sihe.core import terminal
+
+app = typer.Typer(no_args_is_help=True, help="Deployments that follow a model alias or version.")
+
+_Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What clients send as model.")],
+    target: Annotated[str, typer.Argument(help="model@alias, model@3, or model for its newest version.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--engine", metavar="KEY=VALUE", help="An engine setting, such as max_batch_size=8."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Deploy a model, or change what a deployment follows."""
+    from sihe.serving.engine.config import EngineConfig
+    from sihe.serving.gateway.gateway import Gateway
+
+    settings = EngineConfig.from_mapping(dict(_setting(item) for item in setting or ()))
+    with terminal.workspace() as workspace:
+        terminal.emit(Gateway(workspace).deploy(name, target, settings=settings), as_json=as_json)
+
+
+@app.command("list")
+def list_(as_json: _Json = False) -> None:
+    """Show every deployment: what it follows, what serves, and why they differ if they do."""
+    from sihe.serving.gateway.gateway import Gateway
+
+    with terminal.workspace() as workspace:
+        found = Gateway(workspace).list()
+    if as_json or not found:
+        terminal.emit(found, as_json=as_json)
+        return
+    columns = ("name", "target", "state", "version", "wanted", "error")
+    terminal.table(columns, [[getattr(status, column) for column in columns] for status in found])
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(help="A deployment.")]) -> None:
+    """Drain and free a deployment."""
+    from sihe.serving.gateway.gateway import Gateway
+
+    with terminal.workspace() as workspace:
+        Gateway(workspace).remove(name)
+    terminal.say(f"removed {name}")
+
+
+@app.command()
+def alias(
+    model: Annotated[str, typer.Argument(help="A registered model.")],
+    name: Annotated[str, typer.Argument(help="The alias.")],
+    version: Annotated[int, typer.Argument(help="The version that it shall point at.")],
+) -> None:
+    """Point an alias at a version; deployments that follow it swap under load."""
+    from sihe.serving.gateway.gateway import Gateway
+
+    with terminal.workspace() as workspace:
+        Gateway(workspace).move_alias(model, name, version)
+    terminal.say(f"{model}@{name} is version {version}")
+
+
+def _setting(item: str) -> tuple[str, Any]:
+    """`max_batch_size=8` → a key and a whole number, or text where it is none."""
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--engine takes KEY=VALUE, got {item!r}")
+    return key.strip(), int(value) if value.strip().isdigit() else value.strip()
