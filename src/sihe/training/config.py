@@ -1,0 +1,203 @@
+"""What a training run is asked to do: one frozen value, checked when it is made, stored with the run.
+
+Sizes count samples (sequences of `sequence_length` tokens) unless a name says otherwise. Pure: no I/O, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from sihe.core.errors import ConfigError, InvalidInput
+from sihe.core.ids import check_name
+
+Precision = Literal["bf16", "fp32"]
+# What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
+_FREE = {
+    *("world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "model_name", "alias", "dataset"),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of the decoder; the vocabulary comes from the data set."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    """As many as `num_heads` when left out."""
+    head_dim: int | None = None
+    """`hidden_size / num_heads` when left out."""
+    intermediate_size: int | None = None
+    """8/3 of `hidden_size`, rounded up to a multiple of 64, when left out (arXiv 2002.05202, section 2)."""
+    max_positions: int | None = None
+    """The sequence length of the training when left out."""
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads"):
+            _check(f"model.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        if self.head_dim is None:
+            _check(
+                "model.hidden_size",
+                self.hidden_size % self.num_heads == 0,
+                f"a multiple of num_heads ({self.num_heads}) when head_dim is left out",
+                self.hidden_size,
+            )
+
+    def resolved(self, sequence_length: int) -> dict[str, Any]:
+        """The sizes with nothing left out, as `sihe.models.config.ModelConfig` takes them."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_dim": self.head_dim or self.hidden_size // self.num_heads,
+            "intermediate_size": self.intermediate_size or -(-self.hidden_size * 8 // (3 * 64)) * 64,
+            "max_positions": self.max_positions or sequence_length,
+            "rope_theta": self.rope_theta,
+            "tie_embeddings": self.tie_embeddings,
+        }
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run. Raises `ConfigError` that names the key."""
+
+    dataset: str
+    """A data set folder, or a name under the home folder: `stdlib`, `stdlib@3f2a…`."""
+    model: ModelShape
+    model_name: str
+    """The model of which the result becomes a version."""
+    sequence_length: int
+    micro_batch: int
+    """Samples that one rank puts through the model at once."""
+    global_batch: int
+    """Samples in one optimizer step, over all ranks and micro-batches."""
+    max_steps: int
+    peak_lr: float
+    warmup_steps: int
+    min_lr_ratio: float = 0.1
+    """Last learning rate over the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    precision: Precision = "bf16"
+    """Of weights and activations; the optimizer's master weights and the gradients' sums are float32 in both."""
+    seed: int = 0
+    world_size: int = 1
+    """Data-parallel ranks."""
+    threads_per_rank: int | None = None
+    """By default the processors of this machine, shared out."""
+    checkpoint_every: int = 100
+    """Steps from one checkpoint to the next; the last step always writes one."""
+    keep_checkpoints: int = 2
+    log_every: int = 1
+    """Steps from one point of the tracked curves to the next; the run's own log has every step."""
+    max_restarts: int = 3
+    collective_timeout_s: float = 120.0
+    """A rank that keeps the others waiting longer ends the attempt. Longer than the slowest checkpoint."""
+    alias: str | None = None
+    """Set to the new model version when the run ends."""
+
+    def __post_init__(self) -> None:
+        positive = ("sequence_length", "micro_batch", "global_batch", "max_steps", "world_size", "checkpoint_every")
+        for name in (*positive, "keep_checkpoints", "log_every"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "seed", "max_restarts"):
+            _check(name, getattr(self, name) >= 0, "not negative", getattr(self, name))
+        for name in ("peak_lr", "clip_norm", "collective_timeout_s"):
+            value = getattr(self, name)
+            _check(name, value > 0 and math.isfinite(value), "a positive number", value)
+        _check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1", self.min_lr_ratio)
+        _check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)", self.betas)
+        _check("precision", self.precision in get_args(Precision), " or ".join(get_args(Precision)), self.precision)
+        _check(
+            "warmup_steps",
+            self.warmup_steps <= self.max_steps,
+            f"at most max_steps ({self.max_steps})",
+            self.warmup_steps,
+        )
+        threads = self.threads_per_rank
+        _check("threads_per_rank", threads is None or threads >= 1, "at least 1", threads)
+        _check(
+            "global_batch",
+            self.global_batch % (self.micro_batch * self.world_size) == 0,
+            f"a multiple of micro_batch x world_size ({self.micro_batch} x {self.world_size})",
+            self.global_batch,
+        )
+        try:
+            check_name("model", self.model_name)
+            check_name("alias", self.alias or "none")
+        except InvalidInput as error:
+            raise ConfigError(f"training setting 'model_name' or 'alias': {error}", key="model_name") from error
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that each rank adds up in one step."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of one optimizer step."""
+        return self.global_batch * self.sequence_length
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which numbers the run computes (up to rounding), flat.
+
+        What is left out may differ when a run goes on: ranks, micro-batches, check points and where things are.
+        """
+        values = {key: value for key, value in asdict(self).items() if key not in {*_FREE, "model"}}
+        values["betas"] = list(self.betas)
+        return values | {f"model.{key}": value for key, value in self.model.resolved(self.sequence_length).items()}
+
+    def public(self) -> dict[str, Any]:
+        """Every setting as plain values."""
+        values = asdict(self)
+        values["betas"] = list(self.betas)
+        return values
+
+    def with_changes(self, **changes: Any) -> TrainConfig:
+        """A copy with other values, checked again."""
+        return replace(self, **changes)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A configuration from plain values, such as YAML gives. Raises `ConfigError` for an unknown or missing key."""
+        from pydantic import TypeAdapter, ValidationError
+
+        _refuse_unknown(values, cls, "")
+        if isinstance(model := values.get("model"), Mapping):
+            _refuse_unknown(model, ModelShape, "model.")
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, ConfigError):
+                raise cause from error
+            key = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                raise ConfigError(
+                    f"training setting {key!r} is missing: add it to the file or with --set", key=key
+                ) from error
+            raise ConfigError(
+                f"training setting {key!r}: {first['msg'].lower()}, got {first['input']!r}", key=key
+            ) from error
+
+
+def _check(key: str, holds: bool, expected: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"training setting {key!r} must be {expected}, got {value!r}", key=key)
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: type[TrainConfig] | type[ModelShape], prefix: str) -> None:
+    known = [prefix + field.name for field in fields(kind)]
+    for key in (f"{prefix}{key}" for key in values):
+        if key not in known:
+            raise ConfigError(f"unknown training setting {key!r}: known are {', '.join(known)}", key=key)

@@ -1,0 +1,34 @@
+"""What goes wrong in training, beyond the errors that every room shares.
+
+InvalidInput
+├── Diverged            the loss is no longer a number
+└── WrongCheckpoint     a checkpoint of another model, data set or configuration
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sihe.core.errors import InvalidInput
+
+
+class Diverged(InvalidInput):
+    """The loss or the gradient of `step` is not finite. A restart would compute the same."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+        super().__init__(
+            f"training diverged at step {step}: loss {loss!r}, gradient norm {grad_norm!r}; "
+            "lower peak_lr, lengthen warmup_steps, or set precision: fp32"
+        )
+        self.step = step
+
+
+class WrongCheckpoint(InvalidInput):
+    """The checkpoint at `path` was written by a run that computes something else."""
+
+    def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]]) -> None:
+        listed = "; ".join(f"{key} was {theirs!r} and is {ours!r}" for key, (theirs, ours) in differences.items())
+        super().__init__(f"{path} belongs to another run ({listed}): train with its settings, or start a new run")
+        self.path = str(path)
+        self.differences = dict(differences)

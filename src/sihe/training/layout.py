@@ -1,0 +1,13 @@
+"""Names inside the folder of a run, `<home>/runs/<run id>/`."""
+
+PLAN = "plan.json"
+"""What the ranks do, and what the run computes."""
+EVENTS = "events.jsonl"
+"""Every step, checkpoint and attempt, as the first rank saw it."""
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+"""The exported model folder, once the last step is done."""
+LOGS = "logs"
+"""`attempt-<n>/rank-<r>/{stdout,stderr}.log`."""
+LOCK = ".lock"
+"""Held by the supervisor as long as it lives."""

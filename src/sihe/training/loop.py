@@ -1,0 +1,100 @@
+"""The training loop of one rank: from the newest checkpoint, or the start, to the last step and the exported model."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sihe.data.loading.dataset import TokenDataset
+from sihe.data.loading.stream import BatchStream
+from sihe.models.decoder import Decoder
+from sihe.training import layout
+from sihe.training.checkpoint import Checkpoint, Checkpoints
+from sihe.training.errors import Diverged
+from sihe.training.export import DTYPES, export_model
+from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+from sihe.training.plan import TrainPlan
+from sihe.training.progress import EventWriter
+from sihe.training.ranks import Ranks
+from sihe.training.schedule import CosineSchedule
+from sihe.training.step import TrainStep
+from sihe.training.types import AttemptReady, StepDone, WorkerEvent
+
+
+class TrainLoop:
+    """One rank's part of the run in `folder`. The first rank also logs, saves checkpoints and exports."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.plan = TrainPlan.read(folder / layout.PLAN)
+        config = self.plan.config
+        self._folder = folder
+        self._ranks = ranks
+        self._attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
+        self._events = EventWriter(folder / layout.EVENTS) if ranks.is_first else None
+        self._checkpoints = Checkpoints(folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints)
+        torch.manual_seed(config.seed)  # every rank draws the same first weights
+        self.model = Decoder(self.plan.model).to(DTYPES[config.precision])
+        self._optimizer = MasterAdamW(
+            self.model,
+            OptimizerConfig(betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm),
+        )
+        schedule = CosineSchedule(
+            peak_lr=config.peak_lr,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.max_steps,
+            min_ratio=config.min_lr_ratio,
+        )
+        self._step = TrainStep(self.model, self._optimizer, schedule, ranks, micro_batch=config.micro_batch)
+
+    def run(self) -> None:
+        """Trains to the last step and exports the model."""
+        config = self.plan.config
+        checkpoint = self._resume()
+        stream = BatchStream(
+            TokenDataset.open(self.plan.dataset),
+            split="train",
+            sequence_length=config.sequence_length,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            start_sample=checkpoint.next_sample if checkpoint else 0,
+        )
+        done = checkpoint.step if checkpoint else 0
+        self._log(AttemptReady(self._attempt, done, stream.next_sample))
+        for step in range(done + 1, config.max_steps + 1):
+            started = time.perf_counter()
+            outcome = self._step(step - 1, next(stream))
+            seconds = time.perf_counter() - started
+            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+                raise Diverged(step, outcome.loss, outcome.grad_norm)
+            self._log(StepDone(self._attempt, step, **vars(outcome), seconds=seconds, next_sample=stream.next_sample))
+            if self._ranks.is_first and (step % config.checkpoint_every == 0 or step == config.max_steps):
+                self._log(self._checkpoints.save(step, stream.next_sample, self.model, self._optimizer))
+        if self._ranks.is_first:
+            self._export()
+
+    def _resume(self) -> Checkpoint | None:
+        """The newest valid checkpoint, loaded; the first rank checks the files and the others take its word."""
+        newest = self._checkpoints.newest(self._log) if self._ranks.is_first else None
+        step = self._ranks.from_first(newest.step if newest else 0)
+        if step == 0:
+            return None
+        checkpoint = newest or self._checkpoints.at(step)
+        checkpoint.load_into(self.model, self._optimizer)
+        return checkpoint
+
+    def _export(self) -> None:
+        """Writes the model folder: weights, configuration, tokenizer. One that is there already is whole."""
+        target = self._folder / layout.MODEL
+        if target.exists():
+            return
+        export_model(self.model, self.plan.dataset, target)
+
+    def _log(self, event: WorkerEvent) -> None:
+        if self._events is not None:
+            self._events.write(event)

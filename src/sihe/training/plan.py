@@ -1,0 +1,152 @@
+"""From a configuration to what the ranks will do, with everything that can be checked before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sihe.core.errors import ConfigError, CorruptData, NoSpace, NotFound
+from sihe.core.files import write_file
+from sihe.data.loading.dataset import TokenDataset
+from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, read_manifest
+from sihe.data.loading.stream import BatchStream
+from sihe.models.config import ModelConfig
+from sihe.training.config import TrainConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What a model folder takes over from its data set."""
+_OPTIMIZER_BYTES = 12  # a parameter's float32 master weight and two moments
+_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A configuration with its data set and model, checked. `identity` says what the run computes."""
+
+    config: TrainConfig
+    dataset: Path
+    dataset_key: str
+    model: ModelConfig
+    identity: dict[str, Any]
+
+    @property
+    def identity_digest(self) -> str:
+        """A short name for what the run computes."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what one checkpoint takes."""
+        return self.model.num_parameters * (_WEIGHT_BYTES[self.config.precision] + _OPTIMIZER_BYTES)
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Threads of one rank."""
+        return self.config.threads_per_rank or max(1, _processors() // self.config.world_size)
+
+    def check_space(self, folder: Path) -> None:
+        """Raises `NoSpace` when the checkpoints that the run keeps, and the one being written, would not fit."""
+        needed = self.checkpoint_bytes * (self.config.keep_checkpoints + 1)
+        if shutil.disk_usage(folder).free < needed:
+            raise NoSpace(folder, needed_bytes=needed)
+
+    def write(self, path: Path) -> None:
+        """Stores the plan for the ranks to read."""
+        values = {
+            "config": self.config.public(),
+            "dataset": str(self.dataset),
+            "dataset_key": self.dataset_key,
+            "model": asdict(self.model),
+            "identity": self.identity,
+        }
+        write_file(path, json.dumps(values, indent=1).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> TrainPlan:
+        """The plan that `write` stored. Raises `CorruptData`."""
+        try:
+            values = json.loads(path.read_bytes())
+            return cls(
+                config=TrainConfig.from_mapping(values["config"]),
+                dataset=Path(values["dataset"]),
+                dataset_key=values["dataset_key"],
+                model=ModelConfig(**values["model"]),
+                identity=values["identity"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(path, f"it is not a training plan: {error}") from error
+
+
+def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
+    """Checks `config` against its data set, which is a folder or a name under `datasets`.
+
+    Raises `NotFound`, `CorruptData` (checksums), `DatasetTooSmall`, `ConfigError`.
+    """
+    folder = _find_dataset(config.dataset, datasets)
+    for name in TOKENIZER_FILES:
+        if not (folder / name).is_file():
+            hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
+            raise NotFound("tokenizer file", str(folder / name), hint=hint)
+    dataset = TokenDataset.open(folder)
+    # Its constructor makes the checks that need the data set; it reads no batch.
+    BatchStream(
+        dataset,
+        split="train",
+        sequence_length=config.sequence_length,
+        global_batch=config.global_batch,
+        seed=config.seed,
+        world_size=config.world_size,
+    )
+    sizes = config.model.resolved(config.sequence_length)
+    if sizes["max_positions"] < config.sequence_length:
+        raise ConfigError(
+            f"training setting 'model.max_positions' must be at least sequence_length ({config.sequence_length}), "
+            f"got {sizes['max_positions']!r}",
+            key="model.max_positions",
+        )
+    manifest = dataset.manifest
+    model = ModelConfig(
+        vocab_size=manifest.vocab_size,
+        bos_token_id=_bos_token_id(folder),
+        eos_token_id=manifest.eos_token_id,
+        **sizes,
+    )
+    identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
+    return TrainPlan(config, folder, manifest.key, model, identity)
+
+
+def _find_dataset(reference: str, datasets: Path) -> Path:
+    as_path = Path(reference)
+    if (as_path / FILE_NAME).is_file():
+        return as_path.absolute()
+    name, _, version = reference.partition("@")
+    versions = [folder for folder in datasets.glob(f"{name}/{version or '*'}") if (folder / FILE_NAME).is_file()]
+    if not versions:
+        hint = f"neither a data set folder nor a name under {datasets}; make one with  sihe text prepare"
+        raise NotFound("data set", reference, hint=hint)
+    return max(versions, key=lambda folder: read_manifest(folder).created_at)
+
+
+def _content_digest(manifest: DatasetManifest) -> str:
+    shards = [[shard.tokens, shard.sha256] for shard in manifest.splits["train"]]
+    return hashlib.sha256(json.dumps([manifest.dtype, manifest.vocab_size, shards]).encode()).hexdigest()[:16]
+
+
+def _bos_token_id(folder: Path) -> int | None:
+    """The id of the token that begins a text, from the tokenizer's files; `None` where there is none."""
+    try:
+        name = json.loads((folder / "tokenizer_config.json").read_bytes()).get("bos_token")
+        tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CorruptData(folder / "tokenizer.json", f"it is not a tokenizer: {error}") from error
+    return next((int(token["id"]) for token in tokens if token["content"] == name), None)
+
+
+def _processors() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,90 @@
+"""One optimizer step over a global batch: micro-batches, gradient accumulation, data parallelism.
+
+The loss is the mean over the target tokens of the *global* batch, whatever the number of ranks and micro-batches, and
+however the targets that are left out (-1) are spread over them.
+
+Shapes: B samples of this rank, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sihe.training.gradients import GradientBuffer
+
+if TYPE_CHECKING:
+    from sihe.models.decoder import Decoder
+    from sihe.training.ports import Optimizer, Schedule
+    from sihe.training.ranks import Ranks
+
+_DIGEST_BITS = 48  # so that the sum over 2^15 ranks still fits an int64
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step computed; the same on every rank."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    samples: str
+
+
+class TrainStep:
+    """Forward, backward, sum over ranks, update. The optimizer must not replace the parameters' `.grad`."""
+
+    def __init__(
+        self, model: Decoder, optimizer: Optimizer, schedule: Schedule, ranks: Ranks, *, micro_batch: int
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._ranks = ranks
+        self._micro_batch = micro_batch
+        self.gradients = GradientBuffer(model.parameters())
+
+    def __call__(self, step: int, batch: np.ndarray) -> StepOutcome:
+        """Trains on this rank's `batch` (int64 [B, T + 1]: inputs, and shifted by one their targets) as step `step`."""
+        loss, tokens, samples = self.accumulate(batch)
+        lr = self._schedule.at(step)
+        return StepOutcome(loss, lr, self._optimizer.step(lr), tokens, samples)
+
+    def accumulate(self, batch: np.ndarray) -> tuple[float, int, str]:
+        """Leaves the gradients of the global batch in `.grad`; its loss, target tokens and sample digest."""
+        tokens_BT1 = torch.from_numpy(batch)
+        digest = samples_digest(batch, first=self._ranks.rank * len(batch))
+        targets = int((tokens_BT1[:, 1:] >= 0).sum())
+        counts = self._ranks.sum_(torch.tensor([targets, digest]))
+        total = max(int(counts[0]), 1)
+        # Only a power of two is exact in bfloat16, the format of the backward pass; the rest is applied in float32.
+        scale = 2.0 ** -math.ceil(math.log2(total))
+        self.gradients.zero_()
+        loss = torch.zeros((), dtype=torch.float64)
+        for micro_BT1 in torch.split(tokens_BT1, self._micro_batch):
+            sum_nll, _ = self._model.loss(micro_BT1[:, :-1], micro_BT1[:, 1:])
+            (sum_nll * scale).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            loss += sum_nll.detach()
+        self._ranks.sum_(self.gradients.flat)
+        if scale * total != 1:
+            self.gradients.flat.mul_(1 / (scale * total))
+        return float(self._ranks.sum_(loss)) / total, total, f"{int(counts[1]) % (1 << _DIGEST_BITS):012x}"
+
+
+def samples_digest(batch: np.ndarray, *, first: int) -> int:
+    """A number for the samples of `batch`, the first of which has position `first` in the global batch.
+
+    The sum of the parts' numbers, modulo 2^48, is the number of the whole: it does not depend on how a global batch is
+    shared out, but on each token and on the order.
+    """
+    total = 0
+    for position, sample in enumerate(np.ascontiguousarray(batch), start=first):
+        key = position.to_bytes(8, "little")
+        total += int.from_bytes(hashlib.blake2b(sample, digest_size=_DIGEST_BITS // 8, key=key).digest(), "little")
+    return total % (1 << _DIGEST_BITS)
