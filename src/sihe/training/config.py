@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
 _FREE = {
     *("world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
@@ -87,8 +87,9 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    precision: Precision = "bf16"
-    """Of weights and activations; the optimizer's master weights and the gradients' sums are float32 in both."""
+    precision: Precision = "auto"
+    """Of weights and activations; the optimizer's master weights and the sums of gradients are float32 in any case.
+    "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
     seed: int = 0
     world_size: int = 1
     """Data-parallel ranks."""

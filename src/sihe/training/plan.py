@@ -83,10 +83,14 @@ class TrainPlan:
 
 
 def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
-    """Checks `config` against its data set, which is a folder or a name under `datasets`.
+    """Checks `config` against its data set, a folder or a name under `datasets`, and settles what it leaves open.
 
     Raises `NotFound`, `CorruptData` (checksums), `DatasetTooSmall`, `ConfigError`.
     """
+    if config.precision == "auto":
+        from sihe.models.precision import native_bf16  # imports torch
+
+        config = config.with_changes(precision="bf16" if native_bf16() else "fp32")
     folder = _find_dataset(config.dataset, datasets)
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():

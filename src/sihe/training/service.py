@@ -94,8 +94,8 @@ class TrainingService:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             target = Path(scratch) / layout.MODEL
             export_checkpoint(folder, step, target)
-            tags = {"parameters": str(plan.model.num_parameters), "step": str(step)}
-            return self._workspace.tracking.register_model(plan.config.model_name, target, run_id=run_id, tags=tags)
+            name, tags = plan.config.model_name, _version_tags(plan, step)
+            return self._workspace.tracking.register_model(name, target, run_id=run_id, tags=tags)
 
     # ---- opening --------------------------------------------------------------------------------------------------
 
@@ -238,6 +238,11 @@ class TrainingService:
             tokens_per_s=ledger.tokens_per_s if ledger.last else None,
             config=config,
         )
+
+
+def _version_tags(plan: TrainPlan, step: int) -> dict[str, str]:
+    parameters = str(plan.model.num_parameters)
+    return {"parameters": parameters, "precision": plan.config.precision, "step": str(step)}
 
 
 class _Taken(Exception):

@@ -1,0 +1,77 @@
+"""Small training runs with real ranks, and what their logs say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.types import JobEvent, ProcessJob, RestartPolicy
+from sihe.training.config import ModelShape, TrainConfig
+from sihe.training.progress import EventReader
+from sihe.training.types import StepDone
+
+TESTS = Path(__file__).parents[1]
+SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+def small_config(dataset: Path, **changes: Any) -> TrainConfig:
+    """Two ranks, 20 steps of 8 samples with 16 tokens, a checkpoint every 4 steps."""
+    values: dict[str, Any] = {
+        "dataset": str(dataset),
+        "model": SHAPE,
+        "model_name": "small",
+        "sequence_length": 16,
+        "micro_batch": 2,
+        "global_batch": 8,
+        "max_steps": 20,
+        "peak_lr": 3e-3,
+        "warmup_steps": 4,
+        "world_size": 2,
+        "threads_per_rank": 1,
+        "checkpoint_every": 4,
+        "keep_checkpoints": 2,
+        "precision": "fp32",
+    }
+    return TrainConfig(**values | changes)
+
+
+@dataclass
+class DoomedLauncher:
+    """The local launcher, with ranks that have accidents (`support.doomed_ranks`)."""
+
+    doom: str
+    folder: Path
+
+    def run(
+        self,
+        job: ProcessJob,
+        policy: RestartPolicy,
+        *,
+        on_event: Callable[[JobEvent], None] | None = None,
+        on_tick: Callable[[], None] | None = None,
+    ) -> int:
+        env = {"DOOM": self.doom, "DOOM_FOLDER": str(self.folder), "PYTHONPATH": str(TESTS)}
+        doomed = replace(job, module="support.doomed_ranks", env=env)
+        return LocalLauncher(grace_s=1).run(
+            doomed, replace(policy, first_delay_s=0), on_event=on_event, on_tick=on_tick
+        )
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+
+def steps_of(folder: Path) -> list[StepDone]:
+    """Every step in a run's log, in the order in which they were computed."""
+    return [event for event in EventReader(folder / "events.jsonl").new() if isinstance(event, StepDone)]
+
+
+def series(steps: list[StepDone]) -> dict[int, tuple[float, float, float, str, int]]:
+    """What each step computed: loss, gradient norm, rate, samples, position. Equal means equal to the last bit."""
+    found: dict[int, tuple[float, float, float, str, int]] = {}
+    for done in steps:
+        values = (done.loss, done.grad_norm, done.lr, done.samples, done.next_sample)
+        assert found.setdefault(done.step, values) == values, f"step {done.step} came out differently when repeated"
+    return found
