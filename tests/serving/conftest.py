@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from sihe.core import settings
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
 from sihe.serving.engine.config import EngineConfig
@@ -39,29 +41,51 @@ def engine(model_folder: Path) -> Iterator[Engine]:
         yield loaded
 
 
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
+@dataclass(frozen=True)
+class House:
+    """A gateway that serves, with what it stands on."""
+
+    workspace: Workspace
+    gateway: Gateway
+    registry: CollectorRegistry
+    url: str
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_folder: Path) -> Iterator[House]:
+    """A server for a whole file of tests: opening the model registry costs two seconds."""
+    home = tmp_path_factory.mktemp("home")
+    registry = CollectorRegistry()
+    with Workspace(settings.load({"home": str(home)}, environ={}, directory=home)) as workspace:
+        workspace.tracking.register_model("tiny", model_folder)
+        workspace.tracking.register_model("tiny", other_folder)
+        workspace.tracking.set_alias("tiny", "live", 1)
+        with Gateway(workspace, poll_interval_s=0.05, registry=registry) as gateway:
+            app = FastAPI()
+            app.include_router(router(gateway))
+            install_errors(app)
+            with serving(app) as url:
+                yield House(workspace, gateway, registry, url)
 
 
 @pytest.fixture
-def gateway(
-    workspace: Workspace, model_folder: Path, other_folder: Path, registry: CollectorRegistry
-) -> Iterator[Gateway]:
-    """`tiny` follows tiny@live, which is version 1 of 2; it serves."""
-    workspace.tracking.register_model("tiny", model_folder)
-    workspace.tracking.register_model("tiny", other_folder)
-    workspace.tracking.set_alias("tiny", "live", 1)
-    with Gateway(workspace, poll_interval_s=0.05, registry=registry) as started:
-        started.deploy("tiny", "tiny@live", settings=EngineConfig(max_batch_size=8, token_budget=32))
-        started.wait_ready("tiny", timeout_s=30)
-        yield started
+def gateway(house: House) -> Iterator[Gateway]:
+    """`tiny` follows tiny@live, which is version 1 of 2, and serves; nothing else is deployed."""
+    house.gateway.move_alias("tiny", "live", 1)
+    house.gateway.deploy("tiny", "tiny@live", settings=EngineConfig(max_batch_size=8, token_budget=32))
+    house.gateway.wait_ready("tiny", timeout_s=30)
+    yield house.gateway
+    for status in house.gateway.list():
+        if status.name != "tiny":
+            house.gateway.remove(status.name)
 
 
 @pytest.fixture
-def server_url(gateway: Gateway) -> Iterator[str]:
-    app = FastAPI()
-    app.include_router(router(gateway))
-    install_errors(app)
-    with serving(app) as url:
-        yield url
+def registry(house: House) -> CollectorRegistry:
+    return house.registry
+
+
+@pytest.fixture
+def server_url(house: House, gateway: Gateway) -> str:
+    """The address of the server over `gateway`."""
+    return house.url

@@ -48,7 +48,8 @@ class WindowDecoder:
     """For every other vocabulary (such as SentencePiece's): decodes a short window again with each token.
 
     What a token reads as can depend on the tokens before it (a leading space is dropped at the start), so new text is
-    the difference between decoding the window with and without the new tokens.
+    the difference between decoding the window with and without the new tokens. (Bytes that are no UTF-8 make a
+    byte-fallback decoder take back characters before them; what has been given out stays.)
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

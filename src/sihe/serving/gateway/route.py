@@ -128,8 +128,7 @@ class Route:
         """Blocks until what is wanted serves. Raises the error that prevents it, or `Busy` after `timeout_s`."""
 
         def settled() -> bool:
-            met = self._wish is not None and self._wish.is_met_by(self._serving)
-            return self._closing or met or (self._failed() is not None and self._incoming is None)
+            return self._closing or self._is_met() or (self._failed() is not None and self._incoming is None)
 
         with self._changed:
             if not self._changed.wait_for(settled, timeout_s):
@@ -137,7 +136,7 @@ class Route:
             if self._closing:
                 raise NotReady(self.name, "it was removed")
             failed = self._failed()
-            if failed is not None and not (self._wish and self._wish.is_met_by(self._serving)):
+            if failed is not None and not self._is_met():
                 raise failed.error
 
     def close(self, *, drain: bool = True) -> None:
@@ -222,10 +221,13 @@ class Route:
         with self._changed:
             return not self._closing and wish.is_met_by(self._wish)
 
+    def _is_met(self) -> bool:
+        """Whether what is wanted serves, its engine alive."""
+        serving = self._serving
+        return serving is not None and serving.is_serving and self._wish is not None and self._wish.is_met_by(serving)
+
     def _has_work(self) -> bool:
-        if self._wish is None:
-            return False
-        if self._wish.is_met_by(self._serving) and self._serving is not None and self._serving.is_serving:
+        if self._wish is None or self._is_met():
             return False
         failed = self._failed()
         return failed is None or (failed.retry_at_s is not None and self._clock.monotonic_s() >= failed.retry_at_s)
