@@ -6,19 +6,19 @@ import threading
 
 import pytest
 
-from sihe.console.jobs import Jobs
+from sihe.console.jobs import Jobs, Report
 from sihe.core.clock import FakeClock
 from sihe.core.errors import InvalidInput, NotFound
 
 
 def test_a_job_that_succeeds_and_ones_that_fail() -> None:
     jobs: Jobs[int] = Jobs(FakeClock())
-    good = jobs.start("lab", lambda: 7)
+    good = jobs.start("lab", lambda _: 7)
 
-    def refuse() -> int:
+    def refuse(_: object) -> int:
         raise InvalidInput("not like this")
 
-    def break_down() -> int:
+    def break_down(_: object) -> int:
         raise RuntimeError("a secret path")
 
     bad, broken = jobs.start("lab", refuse), jobs.start("lab", break_down)
@@ -34,13 +34,15 @@ def test_one_at_a_time_and_elapsed_counts_from_its_own_begin() -> None:
     jobs: Jobs[None] = Jobs(clock)
     entered, leave = threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def hold(report: Report) -> None:
+        report(3, 4)
         entered.set()
         assert leave.wait(10)
 
     first = jobs.start("a", hold)
     assert entered.wait(10)
-    second = jobs.start("b", lambda: None)
+    assert (first.done, first.total) == (3, 4)
+    second = jobs.start("b", lambda _: None)
     clock.advance(5)
     assert second.state == "waiting"
     assert (jobs.elapsed_s(first), jobs.elapsed_s(second)) == (5, 0)
@@ -51,7 +53,7 @@ def test_one_at_a_time_and_elapsed_counts_from_its_own_begin() -> None:
 
 def test_old_jobs_are_forgotten() -> None:
     jobs: Jobs[int] = Jobs(FakeClock())
-    started = [jobs.start("lab", lambda: 1) for _ in range(60)]
+    started = [jobs.start("lab", lambda _: 1) for _ in range(60)]
     assert jobs.get(started[-1].id) is started[-1]
     with pytest.raises(NotFound, match="start it again"):
         jobs.get(started[0].id)

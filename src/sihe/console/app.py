@@ -5,9 +5,9 @@ It composes and decides nothing: what a deployment, an answer or a lab is, its r
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import cast
 from urllib.parse import urlencode
 
 from fastapi import FastAPI, Request, Response
@@ -16,14 +16,22 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from sihe.apps.coach.api import router as coach_api
+from sihe.apps.coach.service import CoachService
+from sihe.apps.rag.api import router as rag_api
+from sihe.apps.rag.service import RagService
 from sihe.console.context import Console
 from sihe.console.failures import Bugs, failure, install_failures
-from sihe.console.language import Language
 from sihe.console.pages import about, coach, labs, models, playground, runs, search, session, topics
 from sihe.console.security import Guard, SecurityHeaders
 from sihe.console.traffic import Traffic, metrics_text
-from sihe.console.views import STATIC, Views
+from sihe.console.views import STATIC, Views, static_url
 from sihe.core.workspace import Workspace
+from sihe.serving.api import install_errors
+from sihe.serving.api import router as serving_api
+from sihe.serving.gateway import Gateway
+from sihe.vectors import Database
+from sihe.vectors.api import router as vectors_api
 from sihe.version import __version__
 
 _PAGES = (topics, runs, models, playground, search, coach, labs, about, session)
@@ -31,27 +39,18 @@ _PAGES = (topics, runs, models, playground, search, coach, labs, about, session)
 
 def create_app(workspace: Workspace) -> FastAPI:
     """The whole house as one ASGI application; its lifespan starts and stops the gateway."""
-    from sihe.apps.coach.api import router as coach_api
-    from sihe.apps.coach.service import CoachService
-    from sihe.apps.rag.api import router as rag_api
-    from sihe.apps.rag.service import RagService
-    from sihe.serving.api import install_errors
-    from sihe.serving.api import router as serving_api
-    from sihe.serving.gateway import Gateway
-    from sihe.vectors.api import router as vectors_api
-
     settings = workspace.settings
-    views = Views(workspace.clock, cast(Language, settings.locale))
+    views = Views(workspace.clock, settings.locale)
     console = Console(workspace, views, Gateway(workspace), RagService(workspace), CoachService(workspace))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        console.gateway.start()
+        await asyncio.to_thread(console.gateway.start)
         try:
             yield
         finally:
             console.stopping.set()
-            console.gateway.close()
+            await asyncio.to_thread(console.gateway.close)
 
     # FastAPI's own documentation pages load scripts from a CDN: the schema stays, those pages go.
     app = FastAPI(title="Sihe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -62,7 +61,7 @@ def create_app(workspace: Workspace) -> FastAPI:
         serving_api(console.gateway),
         rag_api(console.rag),
         coach_api(console.coach),
-        vectors_api(workspace),
+        vectors_api(Database(workspace.path("vectors"))),
     ):
         app.include_router(routes)
     for page in _PAGES:
@@ -72,6 +71,10 @@ def create_app(workspace: Workspace) -> FastAPI:
     @app.get("/healthz", include_in_schema=False)
     def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok", "version": __version__})
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def favicon() -> Response:
+        return RedirectResponse(static_url("favicon.svg"))
 
     @app.get("/metrics", include_in_schema=False)
     def metrics() -> Response:
@@ -90,10 +93,14 @@ def _refusal(views: Views) -> Callable[[Request, int, str], Response]:
     def refuse(request: Request, status: int, reason: str) -> Response:
         is_page = request.method == "GET" and "text/html" in request.headers.get("accept", "")
         if status == 401 and is_page:
-            return RedirectResponse(f"/login?{urlencode({'next': request.url.path})}", status_code=303)
+            return RedirectResponse(f"/login?{urlencode({'next': _target(request)})}", status_code=303)
         return failure(views, request, status, reason, kind="Unauthorized" if status == 401 else "Forbidden")
 
     return refuse
+
+
+def _target(request: Request) -> str:
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
 class _Static(StaticFiles):

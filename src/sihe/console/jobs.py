@@ -16,6 +16,8 @@ from sihe.core.telemetry import logger
 _KEPT = 50
 _log = logger("console")
 Result = TypeVar("Result")
+Report = Callable[[int, int], None]
+"""Says how much is done, and of how much."""
 State = Literal["waiting", "running", "done", "failed"]
 
 
@@ -27,6 +29,8 @@ class Job(Generic[Result]):
     what: str
     state: State = "waiting"
     began_s: float = 0.0
+    done: int = 0
+    total: int = 0
     result: Result | None = None
     error: str | None = None
     finished: threading.Event = field(default_factory=threading.Event)
@@ -41,7 +45,7 @@ class Jobs(Generic[Result]):
         self._guard = threading.Lock()
         self._one_at_a_time = threading.Lock()
 
-    def start(self, what: str, work: Callable[[], Result]) -> Job[Result]:
+    def start(self, what: str, work: Callable[[Report], Result]) -> Job[Result]:
         """Begins `work` as soon as the jobs before it have ended."""
         job: Job[Result] = Job(new_id("job"), what)
         with self._guard:
@@ -63,11 +67,14 @@ class Jobs(Generic[Result]):
         """Seconds since the job's work began."""
         return self._clock.monotonic_s() - job.began_s if job.state != "waiting" else 0.0
 
-    def _run(self, job: Job[Result], work: Callable[[], Result]) -> None:
+    def _run(self, job: Job[Result], work: Callable[[Report], Result]) -> None:
+        def report(done: int, total: int) -> None:
+            job.done, job.total = done, total
+
         with self._one_at_a_time:
             job.began_s, job.state = self._clock.monotonic_s(), "running"
             try:
-                job.result = work()
+                job.result = work(report)
                 job.state = "done"
             except SiheError as error:
                 job.error, job.state = str(error), "failed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,10 +11,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from sihe.apps.coach.labs.types import LabResult, Series
 from sihe.console.context import Console
-from sihe.console.jobs import Jobs
+from sihe.console.jobs import Job, Jobs
 from sihe.console.language import Language
-from sihe.console.stream import event_stream
-from sihe.core.errors import NotFound
+from sihe.console.stream import Event, event_stream, pause
+from sihe.core.errors import InvalidInput, NotFound
 
 _LOOK_EVERY_S = 0.25
 
@@ -31,9 +31,7 @@ def router(console: Console) -> APIRouter:
     @routes.get("/labs/{name}")
     def lab_page(request: Request, name: str, job: str = "") -> HTMLResponse:
         found = console.coach.lab(name)
-        current = jobs.get(job) if job else None
-        if current is not None and current.what != name:
-            raise NotFound("job", job, hint=f"it belongs to the lab {current.what}")
+        current = _of(jobs, job, name) if job else None
         language = console.views.language(request)
         result = current.result if current else None
         return console.views.page(
@@ -43,9 +41,8 @@ def router(console: Console) -> APIRouter:
             job=current,
             result=result,
             charts=charts(result.series, language) if result else [],
-            explanation=_explanation(console, found, result, language) if result else "",
             elapsed_s=jobs.elapsed_s(current) if current else 0.0,
-            values=current.parameters if current else {},
+            questions=[item for item in console.coach.questions() if name in item.question.labs],
         )
 
     @routes.post("/labs/{name}")
@@ -56,9 +53,48 @@ def router(console: Console) -> APIRouter:
 
     @routes.get("/labs/{name}/stream")
     async def stream(request: Request, name: str, job: str) -> StreamingResponse:
-        return event_stream(_follow(console, request, jobs, jobs.get(job), name))
+        return event_stream(_follow(console, request, jobs, _of(jobs, job, name)))
 
     return routes
+
+
+def _begin(console: Console, jobs: Jobs[LabResult], name: str, form: Mapping[str, str]) -> Job[LabResult]:
+    """Stores the predictions, then starts the lab. A value that the lab does not take is refused before it runs."""
+    lab = console.coach.lab(name)
+    parameters = {key.removeprefix("parameter."): value for key, value in form.items() if key.startswith("parameter.")}
+    lab.resolve(parameters)
+    for claim in lab.asks:
+        said = form.get(f"claim.{claim.key}", "").strip()
+        if said and "skip" not in form:
+            console.coach.predict(name, claim.key, _number(said))
+    return jobs.start(name, lambda _report: console.coach.run_lab(name, parameters))
+
+
+def _of(jobs: Jobs[LabResult], job_id: str, lab: str) -> Job[LabResult]:
+    job = jobs.get(job_id)
+    if job.what != lab:
+        raise NotFound("job", job_id, hint=f"it belongs to the lab {job.what}")
+    return job
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InvalidInput(f"a prediction is a number, got {text!r}") from error
+
+
+async def _follow(
+    console: Console, request: Request, jobs: Jobs[LabResult], job: Job[LabResult]
+) -> AsyncIterator[Event]:
+    """How long a lab has been running, until it has ended."""
+    lab = console.coach.lab(job.what)
+    while not job.finished.is_set():
+        shown = console.views.render(request, "lab_progress.html", job=job, lab=lab, elapsed_s=jobs.elapsed_s(job))
+        yield Event("status", {"lab-progress": shown})
+        if await pause(console.stopping, _LOOK_EVERY_S):
+            return
+    yield Event("end", {})
 
 
 def charts(series: Sequence[Series], language: Language) -> list[dict[str, Any]]:

@@ -16,11 +16,13 @@ from sihe.console.context import Console
 from sihe.console.curves import RunCurves, in_order, thin
 from sihe.console.drawing import draw_lineage, draw_sparkline
 from sihe.console.formats import number
+from sihe.console.recoveries import Recoveries, status_of
 from sihe.console.stream import Event, event_stream, pause
 from sihe.console.views import translator
 from sihe.core.tracking import Run
 
 _SPARK_POINTS = 60
+_MOST_TILES = 6
 _SLOWEST_S, _FASTEST_S = 5.0, 0.5
 _BUSY_SHARE = 0.1  # of one thread, at most, goes to following one run
 # An artifact may be a page that somebody wrote: it is shown with no rights at all.
@@ -71,8 +73,11 @@ def router(console: Console) -> APIRouter:
             "run.html",
             run=run,
             curves=curves,
-            restarts=restarts(run),
-            metrics={name: run.metrics[name] for name in in_order(run.metrics)},
+            restarts=Recoveries(console.workspace, run_id).steps(),
+            state=status_of(console.workspace, run),
+            metrics=run.metrics,
+            tiles=_tiles(run),
+            others={name: run.metrics[name] for name in in_order(run.metrics)[_MOST_TILES:]},
             lineage=lineage,
             artifacts=tracking.artifacts(run_id),
         )
@@ -97,17 +102,21 @@ def router(console: Console) -> APIRouter:
 async def _follow(console: Console, request: Request, run_id: str) -> AsyncIterator[Event]:
     """Curves and status of a run until it ends; it looks less often where looking is slow."""
     curves = RunCurves(console.workspace.tracking, run_id)
+    recoveries = Recoveries(console.workspace, run_id)
     whole, shown = True, None
     while True:
         began = time.monotonic()
         run = await asyncio.to_thread(console.workspace.tracking.run, run_id)
         series = await asyncio.to_thread(curves.changes, run)
         if series or whole:
-            yield Event("curves", {"whole": whole, "series": series, "restarts": restarts(run)})
+            yield Event(
+                "curves", {"whole": whole, "series": series, "restarts": await asyncio.to_thread(recoveries.steps)}
+            )
             whole = False
+        status = await asyncio.to_thread(status_of, console.workspace, run)
         state: Mapping[str, Any] = {
-            "run-status": console.views.render(request, "run_status.html", run=run),
-            "run-tiles": console.views.render(request, "run_tiles.html", run=run, metrics=run.metrics),
+            "run-status": console.views.render(request, "run_status.html", run=run, state=status),
+            "run-tiles": console.views.render(request, "run_tiles.html", tiles=_tiles(run)),
         }
         if state != shown:
             yield Event("status", state)
@@ -120,10 +129,8 @@ async def _follow(console: Console, request: Request, run_id: str) -> AsyncItera
             return
 
 
-def restarts(run: Run) -> list[int]:
-    """Steps at which the run went on after a failure."""
-    listed = run.tags.get("sihe.restart_steps", "")
-    return [int(step) for step in listed.split(",") if step.strip().isdigit()]
+def _tiles(run: Run) -> dict[str, float]:
+    return {name: run.metrics[name] for name in in_order(run.metrics)[:_MOST_TILES]}
 
 
 def _is_curve(points: list[Any]) -> bool:

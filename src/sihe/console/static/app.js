@@ -57,7 +57,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-for (const element of document.querySelectorAll("[data-live]")) listen(element.dataset.live, { status: renew });
+for (const element of document.querySelectorAll("[data-live]")) {
+  // What a finished job shows is a page of its own: it is loaded, not patched in.
+  listen(element.dataset.live, { status: renew, end: () => "reload" in element.dataset && location.reload() });
+}
 
 // ---- forms that ask before they do something that cannot be undone ------------------------------------------------
 document.addEventListener("submit", (event) => {

@@ -14,8 +14,8 @@ export function listen(address, handlers) {
   function open() {
     if (source || ended || document.hidden) return;
     source = new EventSource(address); // reconnects by itself
-    for (const [name, handle] of Object.entries(handlers)) source.addEventListener(name, (event) => handle(JSON.parse(event.data)));
-    source.addEventListener("end", () => { ended = true; close(); });
+    for (const [name, handle] of Object.entries(handlers)) if (name !== "end") source.addEventListener(name, (event) => handle(JSON.parse(event.data)));
+    source.addEventListener("end", () => { ended = true; close(); handlers.end?.(); });
   }
   document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
   addEventListener("pagehide", close);

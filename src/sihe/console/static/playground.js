@@ -48,8 +48,9 @@ async function generate() {
   const prompt = values.get("prompt");
   const trouble = document.getElementById("trouble");
   trouble.replaceChildren();
-  turn("user", form.dataset.you).lastChild.textContent = prompt;
-  const answer = turn("streaming", form.dataset.model);
+  const style = isChat(values) ? "" : " mono";
+  turn(`user${style}`, form.dataset.you).lastChild.textContent = prompt;
+  const answer = turn(`streaming${style}`, form.dataset.model);
   for (const name of ["ttft", "rate", "tokens", "finish", "version"]) measured(name, "–");
   document.getElementById("send").disabled = true;
   document.getElementById("stop").disabled = false;
@@ -62,7 +63,7 @@ async function generate() {
     answer.lastChild.textContent = text;
     if (atEnd) talk.scrollTop = talk.scrollHeight;
     if (first && tokens > 1) measured("rate", ((tokens - 1) / ((performance.now() - first) / 1000)).toFixed(1));
-    if (tokens) measured("tokens", usage ? `${usage.prompt_tokens} + ${usage.completion_tokens}` : String(tokens));
+    if (tokens) measured("tokens", usage ? `${usage.prompt_tokens} + ${usage.completion_tokens}` : `≥ ${tokens}`);
   };
   try {
     const [path, request] = body(values, prompt);
