@@ -1,25 +1,45 @@
-"""Which labs there are. Loads their descriptions, never what they measure with."""
+"""Which labs there are: their descriptions in `content/labs`, and the functions that measure them.
+
+Nothing here loads torch: a lab's heavy half runs in processes of its own.
+"""
 
 from __future__ import annotations
 
-from sihe.apps.coach.labs.allreduce import ALLREDUCE
-from sihe.apps.coach.labs.attention import ATTENTION
-from sihe.apps.coach.labs.kvcache import KV_CACHE
-from sihe.apps.coach.labs.types import Lab
-from sihe.apps.coach.labs.zero import ZERO
+from collections.abc import Mapping
+from functools import cache
+from typing import Protocol
+
+from sihe.apps.coach.labs import allreduce, attention, kvcache, zero
+from sihe.apps.coach.labs.types import Lab, Measurement
+from sihe.apps.coach.map import CONTENT, read_yaml
 from sihe.core.errors import NotFound
 
-LABS: dict[str, Lab] = {lab.id: lab for lab in (ZERO, ALLREDUCE, ATTENTION, KV_CACHE)}
-LAB_IDS: tuple[str, ...] = tuple(LABS)
+
+class Measure(Protocol):
+    """Takes the measurements of a lab within `limit_s` seconds."""
+
+    def __call__(self, parameters: Mapping[str, int | float], *, limit_s: float) -> Measurement:
+        """A value for every claim of the lab. Raises `LabFailed` and `LabTimeout`."""
+        ...
 
 
+MEASURES: dict[str, Measure] = {
+    "zero.memory": zero.measure,
+    "allreduce.ring": allreduce.measure,
+    "attention.cost": attention.measure,
+    "kv.cache": kvcache.measure,
+}
+LAB_IDS: tuple[str, ...] = tuple(MEASURES)
+
+
+@cache
 def lab(name: str) -> Lab:
-    """One lab. Raises `NotFound`."""
-    if name not in LABS:
-        raise NotFound("lab", name, hint=f"there are {', '.join(LABS)}")
-    return LABS[name]
+    """The description of a lab. Raises `NotFound`."""
+    if name not in MEASURES:
+        raise NotFound("lab", name, hint=f"there are {', '.join(MEASURES)}")
+    return read_yaml(CONTENT / "labs" / f"{name}.yaml", Lab)
 
 
 def labs() -> tuple[Lab, ...]:
     """Every lab."""
-    return tuple(LABS.values())
+    return tuple(lab(name) for name in MEASURES)
