@@ -51,7 +51,7 @@ class DatasetManifest:
     files: Mapping[str, str]  # every other file of the folder → its SHA-256
     created_at: str  # ISO 8601, UTC
     lineage: tuple[str, ...] = ()
-    counts: Mapping[str, int] = field(default_factory=dict)
+    report: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what was counted on the way
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

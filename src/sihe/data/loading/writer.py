@@ -104,7 +104,7 @@ class DatasetWriter:
             files=self._files,
             created_at=created_at,
             lineage=lineage,
-            counts=notes["counts"],
+            report=notes["report"],
             settings=notes["settings"],
         )
         if not manifest.num_tokens("train"):
@@ -126,19 +126,22 @@ def write_dataset(
     eos_token_id: int,
     created_at: str,
     lineage: tuple[str, ...] = (),
-    counts: Mapping[str, int] | None = None,
+    report: Mapping[str, Mapping[str, int]] | None = None,
     settings: Mapping[str, Any] | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Iterator[DatasetWriter]:
     """Gives a writer; on a clean exit the finished data set becomes `folder` in one rename, otherwise nothing does.
 
-    `counts` is read at the end, so the caller may fill it on the way. Raises `AlreadyExists`, `NoSpace`, `Busy`.
+    `report` is read at the end, so the caller may fill it on the way. Raises `AlreadyExists`, `NoSpace`, `Busy`.
     """
     with new_directory(folder) as staging:
         writer = DatasetWriter(staging, vocab_size=vocab_size, eos_token_id=eos_token_id, shard_tokens=shard_tokens)
         try:
             yield writer
-            notes = {"counts": dict(counts or {}), "settings": dict(settings or {})}
+            notes = {
+                "report": {key: dict(counted) for key, counted in (report or {}).items()},
+                "settings": dict(settings or {}),
+            }
             writer._finish(name=name, version=version, created_at=created_at, lineage=lineage, notes=notes)
         finally:
             writer._abandon()
