@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sihe.cluster.errors import RanksLost
 from sihe.cluster.types import RankFailed, RanksStarted
 from sihe.core import settings
 from sihe.core.errors import NoSpace
@@ -147,19 +148,33 @@ def test_a_killed_supervisor(reference: tuple[Workspace, TrainResult], dataset: 
         assert [event.attempt for event in events if isinstance(event, RanksStarted)] == [2]
 
 
-def test_a_full_disk(reference: tuple[Workspace, TrainResult], dataset: Path, tmp_path: Path) -> None:
+def test_a_full_disk(dataset: Path, tmp_path: Path) -> None:
     """The disk fills before the checkpoint of step 8: one clear error, no restart, and with space it goes on."""
     events: list[TrainEvent] = []
+    config = small_config(dataset, world_size=1)
     with open_workspace(tmp_path / "home") as workspace:
         service = TrainingService(workspace, launcher=DoomedLauncher("full:0:5", tmp_path))
         with pytest.raises(NoSpace, match="free some"):
-            service.train(small_config(dataset), on_event=events.append)
+            service.train(config, on_event=events.append)
         assert sum(isinstance(event, RanksStarted) for event in events) == 1
         (failed,) = service.runs()
         assert failed.status == "FAILED"
-        checkpoints = Checkpoints(service.folder(failed.id) / "checkpoints", {}, keep=2)
-        assert checkpoints.steps() == [4], "what was there stays, and nothing is half there"
-        assert not list((service.folder(failed.id) / "checkpoints").glob(".*tmp*"))
-        result = service.train(small_config(dataset))
+        checkpoints = service.folder(failed.id) / "checkpoints"
+        assert Checkpoints(checkpoints, {}, keep=2).steps() == [4], "what was there stays, nothing is half there"
+        assert not list(checkpoints.glob(".*tmp*"))
+        result = service.train(config)
         assert result.run_id == failed.id
-        assert series(steps_of(result.folder)) == series(steps_of(reference[1].folder))
+        steps = steps_of(result.folder)
+        assert [done.step for done in steps] == [*range(1, 9), *range(5, 21)]
+        assert len(series(steps)) == 20, "steps 5 to 8 came out the same twice"
+
+
+def test_a_silent_rank_is_a_loud_error(dataset: Path, tmp_path: Path) -> None:
+    """A rank that stops without dying: the others say so, and nothing waits for ever."""
+    config = small_config(dataset, collective_timeout_s=3.0, max_restarts=0)
+    with open_workspace(tmp_path / "home") as workspace:
+        service = TrainingService(workspace, launcher=DoomedLauncher("hang:1:6", tmp_path))
+        with pytest.raises(RanksLost, match=r"rank 0 failed with PeerSilent: .* 3 s"):
+            service.train(config)
+        (failed,) = service.runs()
+        assert (failed.status, failed.step) == ("FAILED", 6)

@@ -3,6 +3,8 @@
 InvalidInput
 ├── Diverged            the loss is no longer a number
 └── WrongCheckpoint     a checkpoint of another model, data set or configuration
+TransientError
+└── PeerSilent          another rank neither answers nor dies
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sihe.core.errors import InvalidInput
+from sihe.core.errors import InvalidInput, TransientError
 
 
 class Diverged(InvalidInput):
@@ -32,3 +34,14 @@ class WrongCheckpoint(InvalidInput):
         super().__init__(f"{path} belongs to another run ({listed}): train with its settings, or start a new run")
         self.path = str(path)
         self.differences = dict(differences)
+
+
+class PeerSilent(TransientError, TimeoutError):
+    """Another rank kept this one waiting longer than `timeout_s`: it hangs, or its machine does."""
+
+    def __init__(self, timeout_s: float, reason: str) -> None:
+        super().__init__(
+            f"another rank did not answer within {timeout_s:g} s (collective_timeout_s): it hangs, or one step or "
+            f"checkpoint takes longer than that; the transport says: {reason}"
+        )
+        self.timeout_s = timeout_s

@@ -57,7 +57,10 @@ class TrainStep:
         return StepOutcome(loss, lr, self._optimizer.step(lr), tokens, samples)
 
     def accumulate(self, batch: np.ndarray) -> tuple[float, int, str]:
-        """Leaves the gradients of the global batch in `.grad`; its loss, target tokens and sample digest."""
+        """Leaves the gradients of the global batch in `.grad`; its loss, target tokens and sample digest.
+
+        A token of -1 is no target, and read as token 0 where it is an input (padding at the end of a sample).
+        """
         tokens_BT1 = torch.from_numpy(batch)
         digest = samples_digest(batch, first=self._ranks.rank * len(batch))
         targets = int((tokens_BT1[:, 1:] >= 0).sum())
@@ -68,7 +71,7 @@ class TrainStep:
         self.gradients.zero_()
         loss = torch.zeros((), dtype=torch.float64)
         for micro_BT1 in torch.split(tokens_BT1, self._micro_batch):
-            sum_nll, _ = self._model.loss(micro_BT1[:, :-1], micro_BT1[:, 1:])
+            sum_nll, _ = self._model.loss(micro_BT1[:, :-1].clamp(min=0), micro_BT1[:, 1:])
             (sum_nll * scale).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             loss += sum_nll.detach()
         self._ranks.sum_(self.gradients.flat)
