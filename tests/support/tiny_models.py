@@ -67,6 +67,8 @@ def tiny_model(folder: Path, *, seed: int = 0, config: ModelConfig | None = None
                 weight.normal_(std=weight.shape[1] ** -0.5 * 2)
     save_model(model, folder)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE}
+    settings = {"bos_token": "<|bos|>", "chat_template": TEMPLATE}
+    if config.eos_token_id is not None:
+        settings["eos_token"] = "<|eos|>"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder

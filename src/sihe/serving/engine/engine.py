@@ -41,6 +41,7 @@ class _Sequence:
     prompt: list[int]
     max_tokens: int
     seed: int
+    stop_ids: frozenset[int]
     stream: GenerationStream
     decoder: TextDecoder
     stop: StopFilter
@@ -129,6 +130,7 @@ class Engine:
             prompt=prompt,
             max_tokens=min(room, request.max_tokens or room),
             seed=secrets.randbits(64) if request.seed is None else request.seed,
+            stop_ids=self.tokenizer.stop_ids if request.messages is None else self.tokenizer.chat_stop_ids,
             stream=GenerationStream(id, self.name, abort=self._abort, token_text=self.tokenizer.token_text),
             decoder=self.tokenizer.decoder(),
             stop=StopFilter(request.stop),
@@ -316,7 +318,7 @@ class Engine:
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock.monotonic_s()
         sequence.output.append(sampled.token)
-        text, reason = _read(sequence, sampled.token, self.tokenizer.stop_ids)
+        text, reason = _read(sequence, sampled.token)
         event = GenerationEvent(
             text=text,
             token_ids=(sampled.token,),
@@ -369,11 +371,11 @@ def _draw(sequence: _Sequence) -> Draw:
     )
 
 
-def _read(sequence: _Sequence, token: int, stop_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
+def _read(sequence: _Sequence, token: int) -> tuple[str, FinishReason | None]:
     """The text that `token` adds, and whether the answer ends with it."""
     reason: FinishReason | None = None
     text = ""
-    if token in stop_ids and not sequence.request.ignore_eos:
+    if token in sequence.stop_ids and not sequence.request.ignore_eos:
         reason = "stop"
     else:
         text = sequence.stop.push(sequence.decoder.push(token))

@@ -21,9 +21,9 @@ Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class GenerationStream:
     """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
 
-    `served_by` names the model version that answers, and `token_text` spells its tokens. `close` aborts what has not been
-    generated yet; leaving the stream as a context manager closes it. An error of the request is raised to the reader,
-    after the events that came before.
+    `served_by` names the model version that answers, and `token_text` spells its tokens. `close` aborts what has not
+    been generated yet; leaving the stream as a context manager closes it. An error of the request is raised to the
+    reader, after the events that came before.
     """
 
     def __init__(

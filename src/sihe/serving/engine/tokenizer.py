@@ -28,6 +28,7 @@ class ModelTokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size()
         self._template = self._compile_template()
         self._pieces = _byte_pieces(tokenizer)
+        self.chat_stop_ids = stop_ids | self._turn_end()
 
     @classmethod
     def load(cls, folder: Path) -> ModelTokenizer:
@@ -71,19 +72,35 @@ class ModelTokenizer:
                 f"the model in {self._folder.name!r} has no chat template: use /v1/completions, "
                 "or add chat_template to its tokenizer_config.json"
             )
+        try:
+            return self._render([{"role": message.role, "content": message.content} for message in messages])
+        except TemplateError as error:
+            raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        assert self._template is not None
         special = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in self._config.items()
             if key.endswith("_token") and value is not None
         }
+        return self._template(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+
+    def _turn_end(self) -> frozenset[int]:
+        """The special token that the template writes after what the assistant says: there a chat answer ends.
+
+        Many models name it in generation_config.json; the template is what all of them have.
+        """
+        if self._template is None:
+            return frozenset()
+        said = "an answer to find again"
         try:
-            return self._template(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
-                add_generation_prompt=True,
-                **special,
-            )
-        except TemplateError as error:
-            raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+            after = self._render(turns, add_generation_prompt=False).rpartition(said)[2]
+        except TemplateError:
+            return frozenset()
+        first = _ids(self._tokenizer, after, add_special_tokens=False)[:1]
+        return frozenset(first) & _special_ids(self._tokenizer)
 
     def _compile_template(self) -> Callable[..., str] | None:
         source = self._config.get("chat_template")
@@ -142,12 +159,16 @@ def _stop_ids(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> fro
     return frozenset(found | ({id} if id is not None else set()))
 
 
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
 def _byte_pieces(tokenizer: Tokenizer) -> list[bytes] | None:
     """Each id's bytes when the vocabulary is byte-level; None when it is not. Special tokens read as nothing."""
     if type(tokenizer.decoder).__name__ != "ByteLevel":
         return None
     byte_of = {character: byte for byte, character in _byte_alphabet().items()}
-    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = _special_ids(tokenizer)
     pieces: list[bytes] = []
     for id in range(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1):
         token = tokenizer.id_to_token(id)

@@ -1,0 +1,53 @@
+"""`sihe deploy …`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from sihe.core import terminal
+from sihe.core.errors import ConfigError, NotFound
+from sihe.core.workspace import Workspace
+from sihe.serving.commands import app
+from support.tiny_models import tiny_model
+
+
+@pytest.fixture
+def deployed(workspace: Workspace) -> Iterator[Workspace]:
+    folder = tiny_model(workspace.path("model"))
+    for _ in range(2):
+        workspace.tracking.register_model("tiny", folder)
+    workspace.tracking.set_alias("tiny", "live", 1)
+    terminal.set_flags({"home": str(workspace.home)})
+    yield workspace
+    terminal.set_flags({})
+
+
+def call(*words: str) -> str:
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_create_list_alias_remove(deployed: Workspace) -> None:
+    made = json.loads(call("create", "chat", "tiny@live", "--engine", "max_batch_size=4", "--json"))
+    assert (made["name"], made["target"], made["state"]) == ("chat", "tiny@live", "UNSERVED")
+    assert [item["name"] for item in json.loads(call("list", "--json"))] == ["chat"]
+    assert "chat" in call("list")
+    call("alias", "tiny", "live", "2")
+    assert deployed.tracking.resolve("tiny@live").version == 2
+    call("remove", "chat")
+    assert json.loads(call("list", "--json")) == []
+
+
+def test_mistakes_are_errors_of_the_house(deployed: Workspace) -> None:
+    with pytest.raises(NotFound):
+        call("remove", "chat")
+    with pytest.raises(NotFound):
+        call("create", "chat", "tiny@nowhere")
+    with pytest.raises(ConfigError, match="speed"):
+        call("create", "chat", "tiny@live", "--engine", "speed=4")
+    assert CliRunner().invoke(app, ["create", "chat", "tiny@live", "--engine", "fast"]).exit_code == 2
