@@ -7,7 +7,7 @@ import threading
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sihe.apps.rag.stop_words import STOP_WORDS_EN, STOP_WORDS_ZH
+from sihe.apps.rag.stop_words import ASKING_WORDS, STOP_WORDS_EN, STOP_WORDS_ZH
 from sihe.apps.rag.types import Language
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ def terms_of(text: str) -> list[str]:
         if term:
             terms.append(term)
     return terms
+
+
+def question_terms(question: str) -> list[str]:
+    """The terms of a question without the words of asking, unless nothing else is left."""
+    asking = _asking_terms()
+    terms = terms_of(question)
+    return [term for term in terms if term not in asking] or terms
+
+
+@cache
+def _asking_terms() -> frozenset[str]:
+    return frozenset(_stem()(word) if word.isascii() else word for word in ASKING_WORDS)
 
 
 def language_of(text: str) -> Language:

@@ -89,12 +89,14 @@ def ask(
         emit(answer, as_json=True)
         return
     say(answer.text)
-    if answer.citations:
-        say("")
+    say("")
+    if answer.mode == "none":
+        for passage in answer.passages[:3]:
+            say(f"nearest: {passage.document}:{passage.line}  {' › '.join(passage.headings)}")
     for citation in answer.citations:
         say(f"[{citation.number}] {citation.document}:{citation.line}")
     dropped = f", {answer.dropped_citations} unverifiable citations dropped" if answer.dropped_citations else ""
-    say(f"\n({answer.mode}, retriever {answer.retriever}{dropped})")
+    say(f"({answer.mode}, retriever {answer.retriever}{dropped})")
     if answer.note:
         say(f"note: {answer.note}")
 

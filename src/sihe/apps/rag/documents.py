@@ -29,6 +29,7 @@ MAX_BYTES = 16 << 20
 _LINE = re.compile(r"\r\n?|\n")  # what markdown-it counts as a line break
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 _LIST_MARKER = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?")
+_ADDRESS = re.compile(r"https?://[^\s<>)\]]+")
 _PARAGRAPH = re.compile(r"\S(?:.*?\S)??(?=[ \t]*(?:\r?\n[ \t]*\r?\n|\s*\Z))", re.DOTALL)
 
 
@@ -131,7 +132,8 @@ def _block(kind: str, token: Token, tokens: list[Token], index: int, body: str, 
         return Block("heading", start, end, int(token.tag[1:]), "".join(child.content for child in children))
     if kind == "paragraph":
         marker = _LIST_MARKER.match(body, start, end) if token.level else None
-        return Block("prose", marker.end() if marker else start + _indent(body, start, end), end)
+        start = marker.end() if marker else start + _indent(body, start, end)
+        return Block("reference" if _is_reference(body[start:end]) else "prose", start, end)
     if kind in ("fence", "code_block"):
         return Block("code", start, end)
     if kind == "table":
@@ -139,6 +141,12 @@ def _block(kind: str, token: Token, tokens: list[Token], index: int, body: str, 
     if kind == "blockquote":
         return Block("quote", start, end)
     return Block("other", start, end) if kind == "html_block" else None
+
+
+def _is_reference(text: str) -> bool:
+    """Whether a paragraph is an entry of a bibliography or a list of links: little is left without its addresses."""
+    addresses = sum(len(found.group()) for found in _ADDRESS.finditer(text))
+    return addresses > 0.2 * len(text)
 
 
 def _indent(body: str, start: int, end: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import orjson
 
 from sihe.apps.rag import analysis
 from sihe.apps.rag.bm25 import Bm25
+from sihe.apps.rag.chunks import searchable
 from sihe.apps.rag.errors import CorruptIndex
 from sihe.apps.rag.types import Chunk, Document, IndexInfo
 from sihe.core.errors import CorruptData, NotFound
@@ -46,15 +47,19 @@ class Index:
     bm25: Bm25
     embedder: str | None
     dense: Collection | None
+    _terms: dict[int, list[str]] = field(default_factory=dict)
 
     @property
     def retriever(self) -> str:
         """What finds passages in this index."""
         return f"bm25+{self.embedder}" if self.embedder else "bm25"
 
-    def text_of(self, chunk: Chunk) -> str:
-        """The text of a chunk."""
-        return self.documents[chunk.document].text[chunk.start : chunk.end]
+    def terms(self, number: int) -> list[str]:
+        """The terms of a chunk, kept once computed."""
+        if number not in self._terms:
+            chunk = self.chunks[number]
+            self._terms[number] = analysis.terms_of(searchable(self.documents[chunk.document], chunk))
+        return self._terms[number]
 
 
 def current_version(folder: Path, name: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from sihe.apps.rag.analysis import language_of, terms_of
+from sihe.apps.rag.analysis import language_of, question_terms
 from sihe.apps.rag.fusion import fuse, scale
 from sihe.apps.rag.index import Index
 from sihe.apps.rag.ports import Embedder
-from sihe.apps.rag.types import Passage
+from sihe.apps.rag.proximity import BOOST, pair_share
+from sihe.apps.rag.types import Chunk, Language, Passage
 
 CANDIDATES = 100  # taken from each ranking into the fusion
+_RERANKED = 30
+_NO_PROSE = 0.5  # tables, code and lists of sources help less than sentences do
 _OTHER_LANGUAGE = 0.5  # a passage in another language than the question must be twice as good
 
 
@@ -20,17 +23,18 @@ def retrieve(index: Index, query: str, k: int, embedder: Embedder | None) -> lis
     """
     scores, retriever = score_chunks(index, query, embedder)
     language = language_of(query)
-    weighed = {
-        number: score * (1.0 if index.chunks[number].language == language else _OTHER_LANGUAGE)
-        for number, score in scores.items()
-    }
+    weighed = {number: score * _preference(index.chunks[number], language) for number, score in scores.items()}
     best = sorted(weighed, key=lambda number: (-weighed[number], number))[:k]
     return [_passage(index, number, weighed[number], retriever) for number in best]
 
 
+def _preference(chunk: Chunk, language: Language) -> float:
+    return (1.0 if chunk.language == language else _OTHER_LANGUAGE) * (1.0 if chunk.prose else _NO_PROSE)
+
+
 def score_chunks(index: Index, query: str, embedder: Embedder | None) -> tuple[dict[int, float], str]:
     """Chunk number → score from 0 to 1, and what found them."""
-    lexical = index.bm25.search(terms_of(query), CANDIDATES)
+    lexical = _lexical(index, question_terms(query))
     if (
         embedder is None
         or index.dense is None
@@ -41,9 +45,15 @@ def score_chunks(index: Index, query: str, embedder: Embedder | None) -> tuple[d
         return {number: score / top for number, score in lexical.items()}, "bm25"
     hits = index.dense.search(embedder.embed([query])[0], CANDIDATES)
     dense = {int(hit.id): hit.score for hit in hits}
-    if not lexical:
-        return scale(dense), index.retriever
-    return fuse(lexical, dense), index.retriever
+    return (fuse(lexical, dense) if lexical else scale(dense)), index.retriever
+
+
+def _lexical(index: Index, asked: list[str]) -> dict[int, float]:
+    """BM25, with the best candidates raised where the question's terms stand side by side."""
+    scores = index.bm25.search(asked, CANDIDATES)
+    for number in sorted(scores, key=lambda number: -scores[number])[:_RERANKED]:
+        scores[number] *= 1 + BOOST * pair_share(asked, index.terms(number), index.bm25.weight)
+    return scores
 
 
 def _passage(index: Index, number: int, score: float, retriever: str) -> Passage:

@@ -1,4 +1,7 @@
-"""Words that say nothing about what a text is about: articles, pronouns, question words."""
+"""Words that say nothing about what a text is about: articles, pronouns, question words.
+
+The words of asking (what is the *difference* between …, 请*介绍*一下 …) say something in a text, nothing in a question.
+"""
 
 _EN = """
 a about above after again against all am an and any are as at be because been before being below between both but
@@ -16,5 +19,13 @@ _ZH = """
 且 但 但是 所以 因此 因为 如果 则 只 才 再 更 最 等 等等 着 过 地 得 个 种 是否 怎么办 如何才能 分别
 """
 
+_ASKING = """
+account describe difference differences differ different explain example examples give happen happens list many mean
+means meaning much name often tell use used using work works
+区别 差别 不同 差异 介绍 一下 解释 说明 描述 意思 含义 定义 是什么 怎么回事 怎么样 例子 举例 告诉 工作 原理 用 做 选 办
+有何 起到 用来
+"""
+
 STOP_WORDS_EN = frozenset(_EN.split())
 STOP_WORDS_ZH = frozenset(_ZH.split())
+ASKING_WORDS = frozenset(_ASKING.split())

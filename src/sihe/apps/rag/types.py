@@ -9,7 +9,7 @@ Language = Literal["en", "zh"]
 Span: TypeAlias = tuple[int, int]
 """Start and end, such that `text[start:end]` is meant."""
 
-BlockKind = Literal["heading", "prose", "table", "code", "quote", "other"]
+BlockKind = Literal["heading", "prose", "table", "code", "quote", "reference", "other"]
 Mode = Literal["extractive", "generated", "none"]
 
 
