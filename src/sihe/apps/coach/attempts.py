@@ -1,8 +1,8 @@
 """Attempts at a lab, and what a learner predicted in them, in the records database.
 
-An attempt is open until it runs. Predictions belong to the open attempt and may be changed until then; once it has started
-they are history, and the next prediction opens the next attempt. The order is enforced inside one transaction, so that a
-prediction that races with a run is either in it or refused.
+An attempt is open until it runs. Predictions belong to the open attempt and may be changed until then; once it has
+started they are history, and the next prediction opens the next attempt. The order is enforced inside one transaction,
+so that a prediction that races with a run is either in it or refused.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Attempts:
     ) -> Prediction:
         """Stores a prediction in the learner's open attempt, opening one if there is none.
 
-        The attempt keeps the `parameters` of the latest prediction: the lab will run with them. Raises `AttemptClosed` when
-        `attempt` is named and is not the open one.
+        The attempt keeps the `parameters` of the latest prediction: the lab will run with them. Raises `AttemptClosed`
+        when `attempt` is named and is not the open one.
         """
         check_name("learner", learner)
         now = self._clock.now()
@@ -97,7 +97,8 @@ class Attempts:
     ) -> Attempt:
         """Closes the learner's open attempt to predictions; it runs now.
 
-        Without `parameters` it runs with those that the predictions were made for, and without predictions with `defaults`.
+        Without `parameters` it runs with those that the predictions were made for, and without predictions with
+        `defaults`.
         """
         check_name("learner", learner)
         with self._records.transaction() as connection:

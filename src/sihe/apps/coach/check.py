@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sihe.apps.coach.errors import ContentInvalid
-from sihe.apps.coach.labs.registry import LAB_IDS
+from sihe.apps.coach.labs.registry import LAB_IDS, lab
+from sihe.apps.coach.labs.runner import places
 from sihe.apps.coach.map import CONTENT, QuestionText, question_folders, read_map, read_question
 from sihe.apps.coach.parity import Shape, differences, shape_of
 from sihe.apps.coach.schema import SECTIONS, Question
@@ -28,9 +29,10 @@ def problems(content: Path = CONTENT) -> Iterator[str]:
         yield str(error)
         return
     for topic in field.topics.values():
-        for lab in topic.labs:
-            if lab not in LAB_IDS:
-                yield f"map.yaml: topic {topic.id!r} names the lab {lab!r}, which does not exist"
+        for name in topic.labs:
+            if name not in LAB_IDS:
+                yield f"map.yaml: topic {topic.id!r} names the lab {name!r}, which does not exist"
+    yield from _lab_problems(field)
     questions: dict[str, QuestionText] = {}
     for folder in question_folders(content):
         try:
@@ -41,6 +43,26 @@ def problems(content: Path = CONTENT) -> Iterator[str]:
         for problem in _question_problems(name, item, field, questions):
             yield f"questions/{name}: {problem}"
     yield from _handbook_problems(content / "handbook", field)
+
+
+def _lab_problems(field: Map) -> Iterator[str]:
+    for name in LAB_IDS:
+        try:
+            found = lab(name)
+        except ContentInvalid as error:
+            yield str(error)
+            continue
+        claims = {claim.key for claim in found.claims}
+        named = {language: places(found.explanation.of(language)) for language in _LANGUAGES}
+        if found.id != name:
+            yield f"labs/{name}.yaml: id is {found.id!r}"
+        for topic in found.topics:
+            if topic not in field.topics:
+                yield f"labs/{name}.yaml: {topic!r} is no topic of the map"
+        for key in sorted((named["zh"] | named["en"]) - claims):
+            yield f"labs/{name}.yaml: the explanation names {key!r}, which is no claim"
+        for key in sorted(named["zh"] ^ named["en"]):
+            yield f"labs/{name}.yaml: the explanation names {key!r} in one language only"
 
 
 def _question_problems(name: str, item: QuestionText, field: Map, questions: dict[str, QuestionText]) -> Iterator[str]:
@@ -60,9 +82,9 @@ def _reference_problems(name: str, question: Question, field: Map, questions: di
             yield f"question.yaml: {topic!r} is no topic of the map"
     if question.topic in question.prerequisites:
         yield f"question.yaml: {question.topic!r} is its own prerequisite"
-    for lab in (*question.labs, *(source.lab for source in question.sources if source.lab)):
-        if lab not in LAB_IDS:
-            yield f"question.yaml: the lab {lab!r} does not exist (there are {', '.join(LAB_IDS)})"
+    for used in (*question.labs, *(source.lab for source in question.sources if source.lab)):
+        if used not in LAB_IDS:
+            yield f"question.yaml: the lab {used!r} does not exist (there are {', '.join(LAB_IDS)})"
     for follow_up in question.follow_ups:
         if follow_up.question is not None and follow_up.question not in questions:
             yield f"question.yaml: follow-up {follow_up.key!r} names {follow_up.question!r}, which is no question"

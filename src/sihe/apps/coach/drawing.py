@@ -1,7 +1,7 @@
-"""The map as SVG: three areas, fifteen groups, every topic a link. The same text serves the console, the CLI and the docs.
+"""The map as SVG: three areas, fifteen groups, every topic a link. The same text serves console, CLI and docs.
 
-Colours are custom properties with a light fall-back, in attributes: a page gives its own values (`--text`, `--area-a`, …)
-and a strict content policy has nothing to object to. A standalone drawing carries a style sheet with both themes.
+Colours are custom properties with a light fall-back, in attributes: a page gives its own values (`--text`, `--area-a`,
+…) and a strict content policy has nothing to object to. A standalone drawing carries a style sheet with both themes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _STAR = "var(--star, #bd8116)"  # over 3:1 on both grounds
 STYLE = """
 :root { color-scheme: light dark; background: #fcfcfd; }
 @media (prefers-color-scheme: dark) {
-  :root { background: #0f1115; --text: #e9ebef; --text-2: #a9afbb; --line: #262a32; --bg-card: #16181d; --bg-hover: #1e2128;
-    --star: #e6ac46; --area-a: #7cb7f5; --area-b: #cf9cf7; --area-c: #5fcdbf; --accent: #99a1ff; }
+  :root { background: #0f1115; --text: #e9ebef; --text-2: #a9afbb; --line: #262a32; --bg-card: #16181d;
+    --bg-hover: #1e2128; --star: #e6ac46; --area-a: #7cb7f5; --area-b: #cf9cf7; --area-c: #5fcdbf; --accent: #99a1ff; }
 }
 .topic:hover .row { fill: var(--bg-hover, #eceef1); }
 .topic:focus { outline: none; }
@@ -69,8 +69,8 @@ def draw_map(
 ) -> str:
     """The map as one `<svg>` element.
 
-    `states` is what the learner knows (topics that it leaves out are new), `link` where a topic leads, `columns` the cards
-    side by side (1 fits a phone). `standalone` adds a style sheet for both themes; a page brings its own.
+    `states` is what the learner knows (topics that it leaves out are new), `link` where a topic leads, `columns` the
+    cards side by side (1 fits a phone). `standalone` adds a style sheet for both themes; a page brings its own.
     """
     width = columns * _CARD_WIDTH + (columns - 1) * _GAP
     body: list[str] = []
@@ -87,7 +87,8 @@ def draw_map(
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="sihe-map" viewBox="{box}" width="{width + 2 * margin}" '
         f'height="{height + 2 * margin:g}" role="group" aria-label={quoteattr(_word("title", language))} '
-        f'lang="{"zh-CN" if language == "zh" else "en"}" font-family="{_FONT}" font-size="14">{style}{"".join(body)}</svg>'
+        f'lang="{"zh-CN" if language == "zh" else "en"}" font-family="{_FONT}" font-size="14">'
+        f"{style}{''.join(body)}</svg>"
     )
 
 
@@ -147,7 +148,8 @@ def _group(
     name = group.name.of(language)
     yield f'<g role="group" aria-label={quoteattr(name)}>'
     yield (
-        f'<rect x="0.5" y="0.5" width="{_CARD_WIDTH - 1}" height="{height - 1:g}" rx="10" fill="{_CARD}" stroke="{_LINE}"/>'
+        f'<rect x="0.5" y="0.5" width="{_CARD_WIDTH - 1}" height="{height - 1:g}" rx="10" fill="{_CARD}" '
+        f'stroke="{_LINE}"/>'
         f'<text x="20" y="30" font-size="13" font-weight="650" fill="{colour}">{escape(name)}</text>'
     )
     for index, topic in enumerate(group.topics):
@@ -188,7 +190,8 @@ def _dot(x: float, y: float, colour: str, state: TopicState) -> str:
 def _flask(x: float, y: float, colour: str) -> str:
     """An Erlenmeyer flask: a lab measures this topic."""
     return (
-        f'<path d="M{x - 2} {y - 6:g}v4l-4 7a1.2 1.2 0 0 0 1 1.8h10a1.2 1.2 0 0 0 1-1.8l-4-7v-4M{x - 3.4} {y - 6:g}h6.8" '
+        f'<path d="M{x - 2} {y - 6:g}v4l-4 7a1.2 1.2 0 0 0 1 1.8h10a1.2 1.2 0 0 0 1-1.8l-4-7v-4'
+        f'M{x - 3.4} {y - 6:g}h6.8" '
         f'fill="none" stroke="{colour}" stroke-width="1.4" stroke-linejoin="round" stroke-linecap="round"/>'
     )
 

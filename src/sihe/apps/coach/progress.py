@@ -1,7 +1,7 @@
 """What a learner's history says about a topic: new, seen or solid. Pure.
 
-Seen: a lab of the topic was run, or a question about it reviewed. Solid: the latest review of every question about it was
-"known" or better, and of every lab the latest predictions were all close; at least one of both kinds that exist.
+Seen: a lab of the topic was run, or a question about it reviewed. Solid: the latest review of every question about it
+was "known" or better, and of every lab the latest predictions were all close; at least one of both kinds that exist.
 """
 
 from __future__ import annotations

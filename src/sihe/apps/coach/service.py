@@ -80,8 +80,8 @@ class CoachService:
     ) -> Prediction:
         """Stores what a learner expects of a claim, before the run. Until then it may be changed.
 
-        `parameters` are those that the lab will run with. Raises `AttemptClosed` when the attempt named by its number has
-        run already, `LabParameterInvalid` for a claim that is not one to predict, `NotFound` for an unknown lab.
+        `parameters` are those that the lab will run with. Raises `AttemptClosed` when the attempt named by its number
+        has run already, `LabParameterInvalid` for a claim that is not one to predict, `NotFound` for an unknown lab.
         """
         found = self.lab(lab)
         spec = found.claim(claim)
@@ -92,9 +92,9 @@ class CoachService:
     def run_lab(self, lab: str, params: Mapping[str, object] | None = None, *, learner: str = "me") -> LabResult:
         """Runs a lab on this machine and grades the learner's predictions for it.
 
-        Without `params` it runs with those that were predicted for, else with the lab's own. The run is tracked (experiment
-        `labs`), its claims as metrics and the whole result as an artifact. Raises `LabParameterInvalid`, `LabFailed`,
-        `LabTimeout`, `Busy` (another lab is measuring).
+        Without `params` it runs with those that were predicted for, else with the lab's own. The run is tracked
+        (experiment `labs`), its claims as metrics and the whole result as an artifact. Raises `LabParameterInvalid`,
+        `LabFailed`, `LabTimeout`, `Busy` (another lab is measuring).
         """
         found = self.lab(lab)
         chosen = None if params is None else found.resolve(params)

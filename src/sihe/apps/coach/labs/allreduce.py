@@ -1,7 +1,7 @@
 """Lab `allreduce.ring`: a ring all-reduce of our own, beside gloo's and beside the alpha-beta model of its time.
 
-The model (Thakur, Rabenseifner and Gropp, 2005, section 3): a message of n bytes takes α + βn, and a ring of N ranks sends
-2(N − 1) messages of S/N bytes one after the other.
+The model (Thakur, Rabenseifner and Gropp, 2005, section 3): a message of n bytes takes α + βn, and a ring of N ranks
+sends 2(N − 1) messages of S/N bytes one after the other.
 """
 
 from __future__ import annotations

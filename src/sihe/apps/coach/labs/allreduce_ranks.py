@@ -16,9 +16,9 @@ _PING_PONG_ITEMS = (1, 256, 4096, 65536, 262144, 1048576)
 def ring_all_reduce(tensor: Tensor, rank: int, world_size: int) -> int:
     """Adds `tensor` (1-D, contiguous) over all ranks, in place; the bytes that this rank sent.
 
-    Reduce-scatter, then all-gather (Patarasuk and Yuan, 2009, section 3): the tensor is cut into as many chunks as there are
-    ranks. In step s each rank passes one chunk to its right neighbour and adds the one from its left; after N − 1 steps
-    rank r owns the whole sum of chunk r + 1. In N − 1 further steps the finished chunks go round.
+    Reduce-scatter, then all-gather (Patarasuk and Yuan, 2009, section 3): the tensor is cut into as many chunks as
+    there are ranks. In step s each rank passes one chunk to its right neighbour and adds the one from its left; after
+    N − 1 steps rank r owns the whole sum of chunk r + 1. In N − 1 further steps the finished chunks go round.
     """
     chunks = tensor.tensor_split(world_size)
     received = torch.empty_like(chunks[0])

@@ -1,4 +1,4 @@
-"""What the process of `attention.cost` runs: causal attention written out, and torch's fused kernel, on the same tensors.
+"""What the process of `attention.cost` runs: causal attention written out, and torch's fused kernel.
 
 H  heads      T  time      D  head dim
 """

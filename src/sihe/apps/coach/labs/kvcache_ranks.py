@@ -1,4 +1,4 @@
-"""What the process of `kv.cache` runs: the house's decoder, decoding with a cache handed in through `Attend`, and without.
+"""What the process of `kv.cache` runs: the decoder with a cache handed in through `Attend`, and without one.
 
 B  batch      T  time      N  query heads      K  KV heads      H  head dim
 """

@@ -34,8 +34,8 @@ def run_ranks(
     """What `target` ("module:function") returns in each of `world_size` processes, by rank.
 
     The function is called as `function(rank, world_size, **arguments)`; arguments and answers are JSON values. With
-    more than one rank a gloo process group is open. Raises `LabFailed` with the words of the rank that failed first, and
-    `LabTimeout` after `limit_s` seconds.
+    more than one rank a gloo process group is open. Raises `LabFailed` with the words of the rank that failed first,
+    and `LabTimeout` after `limit_s` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="sihe-lab-") as name:
         folder = Path(name)

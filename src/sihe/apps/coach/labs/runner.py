@@ -1,4 +1,4 @@
-"""Turns what a lab measured into a result: every promised claim with its unit and source, and the words that explain it.
+"""Turns what a lab measured into a result: every promised claim with its unit and source, and the explanation.
 
 Pure but for `machine`, which asks the machine its name.
 """

@@ -1,4 +1,4 @@
-"""Lab `zero.memory`: the bytes that a rank holds for each parameter at each stage of ZeRO, beside the paper's formulas."""
+"""Lab `zero.memory`: the bytes that a rank holds for each parameter at each stage of ZeRO, beside the formulas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from sihe.apps.coach.labs.ranks import run_ranks
 from sihe.apps.coach.labs.types import Column, Measurement, Table
 from sihe.apps.coach.schema import Text
 
-# Bytes per parameter under mixed-precision Adam, and the first stage that shards them (arXiv 1910.02054, sections 3 and 5).
+# Bytes per parameter under mixed-precision Adam, and the first stage that shards them
+# (arXiv 1910.02054, sections 3 and 5).
 _WEIGHT = (2, 3)  # bf16
 _GRADIENT = (2, 2)  # bf16
 _OPTIMIZER = (12, 1)  # fp32: master weight, momentum, variance
