@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from sihe.training.types import TrainEvent, TrainRun
 
 app = typer.Typer(help="Train a model, and see its runs.", no_args_is_help=True, rich_markup_mode=None)
+
+_LINES = 10  # about so many lines of progress where there is no terminal to draw a bar on
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -57,7 +60,7 @@ def list_runs(
 
     with terminal.workspace() as opened:
         runs = TrainingService(opened).runs(limit=limit)
-        terminal.emit([_summary(run) for run in runs], as_json=as_json)
+        terminal.emit(runs if as_json else [_summary(run) for run in runs], as_json=as_json)
 
 
 @app.command("show")
@@ -68,7 +71,11 @@ def show_run(run_id: str, as_json: AsJson = False) -> None:
     with terminal.workspace() as opened:
         service = TrainingService(opened)
         run = service.run(run_id)
-        terminal.emit(_summary(run) | {"folder": service.folder(run_id), "config": run.config}, as_json=as_json)
+        folder = service.folder(run.id)
+        terminal.emit(
+            asdict(run) | {"folder": folder} if as_json else _summary(run) | {"folder": folder, **run.config},
+            as_json=as_json,
+        )
 
 
 @app.command("export")
@@ -100,22 +107,27 @@ def _narrator(shown: Progress, *, quiet: bool) -> Callable[[TrainEvent], None]:
     from sihe.training.types import AttemptReady, CheckpointSkipped, RunOpened, StepDone
 
     task = shown.add_task("starting", total=None, note="")
+    steps = 0
 
     def say(line: str) -> None:
         if not quiet:
             shown.console.print(line, markup=False, highlight=False)
 
     def narrate(event: TrainEvent) -> None:
+        nonlocal steps
         match event:
             case RunOpened():
                 verb = "continuing" if event.resumed else "training"
                 say(f"{verb} run {event.run_id}: {event.num_parameters:,} parameters, {event.max_steps} steps")
-                shown.update(task, total=event.max_steps)
+                steps = event.max_steps
+                shown.update(task, total=steps)
             case AttemptReady() if event.step:
                 say(f"going on after step {event.step}, at sample {event.next_sample:,}")
             case StepDone():
                 note = f"loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s"
                 shown.update(task, completed=event.step, description=f"step {event.step}", note=note)
+                if not shown.console.is_terminal and event.step % max(1, steps // _LINES) == 0:
+                    say(f"step {event.step}/{steps}  {note}")
             case CheckpointSkipped():
                 say(f"warning: checkpoint damaged ({event.reason}), moved to {event.path}")
             case RankFailed():

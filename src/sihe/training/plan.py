@@ -12,8 +12,9 @@ from typing import Any
 
 from sihe.core.errors import ConfigError, CorruptData, NoSpace, NotFound
 from sihe.core.files import write_file
+from sihe.data.loading.catalog import find_dataset
 from sihe.data.loading.dataset import TokenDataset
-from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, read_manifest
+from sihe.data.loading.manifest import DatasetManifest
 from sihe.data.loading.stream import BatchStream
 from sihe.models.config import ModelConfig
 from sihe.training.config import TrainConfig
@@ -91,7 +92,7 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         from sihe.models.precision import native_bf16  # imports torch
 
         config = config.with_changes(precision="bf16" if native_bf16() else "fp32")
-    folder = _find_dataset(config.dataset, datasets)
+    folder = find_dataset(config.dataset, datasets)
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():
             hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
@@ -122,18 +123,6 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
     )
     identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
     return TrainPlan(config, folder, manifest.key, model, identity)
-
-
-def _find_dataset(reference: str, datasets: Path) -> Path:
-    as_path = Path(reference)
-    if (as_path / FILE_NAME).is_file():
-        return as_path.absolute()
-    name, _, version = reference.partition("@")
-    versions = [folder for folder in datasets.glob(f"{name}/{version or '*'}") if (folder / FILE_NAME).is_file()]
-    if not versions:
-        hint = f"neither a data set folder nor a name under {datasets}; make one with  sihe text prepare"
-        raise NotFound("data set", reference, hint=hint)
-    return max(versions, key=lambda folder: read_manifest(folder).created_at)
 
 
 def _content_digest(manifest: DatasetManifest) -> str:
