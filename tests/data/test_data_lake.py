@@ -51,6 +51,14 @@ def test_columns_types_and_predicates(lake: Lake) -> None:
         table.read(columns=["size"])
 
 
+@pytest.mark.parametrize("where", ["number =", "size = 3", "number = DATE '2020-01-01'"])
+def test_a_wrong_predicate_is_the_callers(lake: Lake, where: str) -> None:
+    table = lake.table("documents")
+    table.append(rows(1))
+    with pytest.raises(InvalidInput, match="predicate"):
+        table.read(where=where)
+
+
 def test_rows_that_fit_after_conversion(lake: Lake) -> None:
     table = lake.table("documents")
     table.append(rows(1))

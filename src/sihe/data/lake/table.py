@@ -21,7 +21,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, WriterPropertie
 from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
-from sihe.core.errors import Busy, CorruptData, InternalError, NotFound, SiheError, Unreachable
+from sihe.core.errors import Busy, CorruptData, InternalError, InvalidInput, NotFound, SiheError, Unreachable
 from sihe.core.files import disk_errors
 from sihe.core.ids import new_id
 from sihe.data.errors import SchemaMismatch
@@ -35,6 +35,7 @@ _PAUSE_S = 0.02  # first pause after a lost race; doubles up to a second, with j
 _KEY = "sihe.key"
 _APPEND_ID = "sihe.append"
 _CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days"}  # Delta forgets versions after 30 days by itself
+_WRONG_PREDICATE = ("sql parser error", "No field named", "Error during planning", "type_coercion")
 
 
 class LakeTable:
@@ -219,6 +220,10 @@ class LakeTable:
                 raise _LostRace from error
             if "://" in self.url and _mentions(message, ("error sending request", "Generic S3 error", "timed out")):
                 raise Unreachable(self.url, message) from error
+            if _mentions(message, _WRONG_PREDICATE):
+                raise InvalidInput(
+                    f"the predicate on table {self.name!r} is not valid SQL for it: {message}"
+                ) from error
             if isinstance(error, DeltaError | pa.ArrowException | OSError) or type(error) is Exception:
                 hint = "restore the file from a copy, or read an older version; see  sihe lake show"
                 raise CorruptData(self.url, message, hint=hint) from error

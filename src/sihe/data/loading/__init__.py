@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "Split": "sihe.data.loading.manifest",
         "TokenDataset": "sihe.data.loading.dataset",
         "TokenSplit": "sihe.data.loading.dataset",
+        "find_dataset": "sihe.data.loading.catalog",
         "write_dataset": "sihe.data.loading.writer",
     },
 )

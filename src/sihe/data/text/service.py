@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sihe.core.errors import NotFound
 from sihe.core.ids import check_name
 from sihe.core.workspace import Workspace
 from sihe.data.lake.lake import Lake
+from sihe.data.loading.catalog import dataset_names, dataset_versions, find_dataset
 from sihe.data.loading.dataset import TokenDataset
-from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, read_manifest
+from sihe.data.loading.manifest import DatasetManifest
 from sihe.data.text.preparation import OnProgress, Preparation, Recipe
 from sihe.data.text.types import PreparedDataset
 
@@ -57,24 +57,12 @@ class TextService:
 
     def names(self) -> list[str]:
         """Names of the data sets, sorted."""
-        return sorted({path.parent.parent.name for path in self._datasets.glob(f"[!.]*/[!.]*/{FILE_NAME}")})
+        return dataset_names(self._datasets)
 
     def versions(self, name: str) -> list[DatasetManifest]:
         """Every version of a data set, newest first; empty for an unknown name. Raises `CorruptData`."""
-        check_name("data set", name)
-        found = [read_manifest(path.parent) for path in (self._datasets / name).glob(f"[!.]*/{FILE_NAME}")]
-        return sorted(found, key=lambda manifest: (manifest.created_at, manifest.version), reverse=True)
-
-    def folder(self, reference: str) -> Path:
-        """The folder of `name@version`, or of the newest version of `name`. Raises `NotFound`."""
-        name, _, version = reference.partition("@")
-        versions = [manifest.version for manifest in self.versions(name)]
-        if not versions:
-            raise NotFound("data set", name, hint=f"there are: {', '.join(self.names()) or 'none yet'}")
-        if version and version not in versions:
-            raise NotFound("data set", reference, hint=f"{name!r} has the versions {', '.join(versions)}")
-        return self._datasets / name / (version or versions[0])
+        return dataset_versions(name, self._datasets)
 
     def open(self, reference: str) -> TokenDataset:
         """The data set `name@version` or the newest `name`, verified. Raises `NotFound`, `CorruptData`."""
-        return TokenDataset.open(self.folder(reference))
+        return TokenDataset.open(find_dataset(reference, self._datasets))
