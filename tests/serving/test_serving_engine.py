@@ -272,6 +272,15 @@ def test_the_cache_keeps_to_its_memory(model_folder: Path) -> None:
         assert engine.context_tokens == 64
 
 
+def test_the_dtype_is_the_checkpoints_where_the_processor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model(tmp_path / "model", dtype=torch.bfloat16)
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        assert ModelRunner.load(folder, EngineConfig()).cache.keys[0].dtype is expected
+
+
 def test_bfloat16(model_folder: Path) -> None:
     with Engine.load(model_folder, EngineConfig(dtype="bfloat16", token_budget=40)) as engine:
         streams = [engine.submit(request) for request in requests(6, seed=1)]

@@ -56,7 +56,9 @@ def tiny_config(*, num_kv_heads: int = 2, max_positions: int = 128, eos: bool = 
     )
 
 
-def tiny_model(folder: Path, *, seed: int = 0, config: ModelConfig | None = None) -> Path:
+def tiny_model(
+    folder: Path, *, seed: int = 0, config: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Path:
     """A model folder whose greedy output depends on the seed; weights wide enough that no two logits nearly tie."""
     config = config or tiny_config()
     torch.manual_seed(seed)
@@ -65,7 +67,7 @@ def tiny_model(folder: Path, *, seed: int = 0, config: ModelConfig | None = None
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=weight.shape[1] ** -0.5 * 2)
-    save_model(model, folder)
+    save_model(model.to(dtype), folder)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<|bos|>", "chat_template": TEMPLATE}
     if config.eos_token_id is not None:

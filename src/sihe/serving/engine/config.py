@@ -15,11 +15,11 @@ DType = Literal["auto", "bfloat16", "float32"]
 class EngineConfig:
     """Sizes and limits of one engine.
 
-    `dtype="auto"` takes the one that the checkpoint was saved in. `max_context` (tokens) defaults to the model's own.
-    `kv_cache_bytes` bounds the cache, by default a quarter of the memory that is free when the engine loads; fewer than
-    `max_batch_size` sequences run at once where it does not hold them. `token_budget` bounds the tokens of one step:
-    every running sequence decodes one, and prompts are read in chunks within what remains, so it bounds how long a long
-    prompt can delay everyone else's next token.
+    `dtype="auto"` takes the one that the checkpoint was saved in, or float32 where the processor would crawl in it.
+    `max_context` (tokens) defaults to the model's own. `kv_cache_bytes` bounds the cache, by default a quarter of the
+    memory that is free when the engine loads; fewer than `max_batch_size` sequences run at once where it does not hold
+    them. `token_budget` bounds the tokens of one step: every running sequence decodes one, and prompts are read in
+    chunks within what remains, so it bounds how long a long prompt can delay everyone else's next token.
     """
 
     dtype: DType = "auto"
