@@ -41,7 +41,7 @@ test-ray: $(READY)  ## tests on Ray
 	$(BIN)/python -m pytest -m ray; status=$$?; [ $$status -eq 5 ] && echo "no test needs Ray yet" || exit $$status
 
 pin: $(READY)  ## write the public names anew, after a deliberate change
-	$(BIN)/python tests/architecture/pin.py
+	$(BIN)/python tests/support/house.py
 
 reference: $(READY)  ## write the reference pages anew
 	$(BIN)/python -m sihe.cli.reference docs

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
-import house
 import pytest
 
-CONTRACTS = {
-    contract["id"]: contract["name"]
-    for contract in tomllib.loads((house.REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"][
-        "contracts"
-    ]
-}
+from sihe.cli.nouns import NOUNS
+from support import house
+
+_CONTRACTS = tomllib.loads((house.REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+CONTRACTS = {contract["id"]: contract["name"] for contract in _CONTRACTS}
 PINNED = Path(__file__).parent / "public_names.json"
 
 
@@ -131,6 +132,11 @@ def test_importing_a_room_loads_nothing_heavy() -> None:
     assert house.heavy_imports(house.SOURCE, *rooms) == []
 
 
+def test_pure_files_load_nothing_heavy() -> None:
+    loaded = house.heavy_imports(house.SOURCE, *house.pure_modules(house.SOURCE))
+    assert set(loaded) <= {"numpy"}  # arrays are values too
+
+
 def test_help_loads_nothing_heavy() -> None:
     assert house.heavy_imports(house.SOURCE, "sihe.cli.main") == []
 
@@ -139,3 +145,50 @@ def test_a_heavy_import_is_seen(bad_house: Path) -> None:
     init = bad_house / "core" / "__init__.py"
     init.write_text(init.read_text() + "\nimport numpy\n")
     assert "numpy" in house.heavy_imports(bad_house, "sihe.core")
+
+
+# ---- documents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cli.md", "settings.md"])
+def test_reference_pages_are_fresh(name: str) -> None:
+    from sihe.cli.reference import pages
+
+    committed = (house.REPOSITORY / "docs" / "reference" / name).read_text(encoding="utf-8")
+    assert committed == pages()[name], "run  make reference"
+
+
+def test_a_stale_reference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sihe.cli import nouns, reference
+
+    monkeypatch.setitem(nouns.NOUNS, "surprise", nouns.NOUNS["runs"])
+    committed = (house.REPOSITORY / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert committed != reference.cli_page()
+
+
+def test_every_noun_can_be_called_for_help() -> None:
+    for noun in NOUNS:
+        done = subprocess.run(
+            [sys.executable, "-m", "sihe", noun, "--help"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Usage: "), noun
+
+
+def test_paths_in_the_documents_exist() -> None:
+    """Relative links and the file names of the map in ARCHITECTURE.md."""
+    assert missing_links(house.REPOSITORY) == []
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("[x](docs/none.md)")
+    assert missing_links(tmp_path) == ["README.md: docs/none.md"]
+
+
+def missing_links(root: Path) -> list[str]:
+    found = []
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not (page.parent / target).exists():
+                found.append(f"{page.relative_to(root)}: {target}")
+    return found

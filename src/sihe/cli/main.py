@@ -36,6 +36,7 @@ class _Nouns(TyperGroup):
             return None
         application = getattr(importlib.import_module(noun.module), noun.app)
         application._add_completion = False  # completion belongs to the root command
+        application.rich_markup_mode = None  # plain help, without the time that rich takes to load
         command = get_command(application)
         command.name = cmd_name
         return command

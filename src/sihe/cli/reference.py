@@ -58,7 +58,7 @@ def _walk(command: Any, path: tuple[str, ...]) -> list[str]:
 def _entry(command: Any, path: tuple[str, ...]) -> list[str]:
     arguments = [item for item in command.params if item.param_type_name == "argument"]
     options = [item for item in command.params if item.param_type_name == "option" and item.name != "help"]
-    usage = " ".join([*path, *(item.make_metavar(typer.Context(command)) for item in arguments)])
+    usage = " ".join([*path, *map(_metavar, arguments)])
     parts = ["#" * min(len(path) + 1, 4) + f" `{usage}`", "", (command.help or "").strip(), ""]
     for item in options:
         default = (
@@ -66,6 +66,11 @@ def _entry(command: Any, path: tuple[str, ...]) -> list[str]:
         )
         parts.append(f"- `{', '.join([*item.opts, *item.secondary_opts])}` {item.help or ''}{default}")
     return [*parts, ""] if options else parts
+
+
+def _metavar(argument: Any) -> str:
+    name = argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
 
 
 def main() -> None:

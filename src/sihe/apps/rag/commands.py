@@ -10,6 +10,7 @@ import typer
 from sihe.core.terminal import emit, progress, say, workspace
 
 index_app = typer.Typer(help="Indexes of documents that can be searched and asked.", no_args_is_help=True)
+ask_app = typer.Typer(help="Answer a question from an index, with citations.")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -73,6 +74,7 @@ def search(
     say(f"retriever: {passages[0].retriever}" if passages else "(nothing found)")
 
 
+@ask_app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="A question in English or Chinese.")],
     index: Annotated[str | None, typer.Option("--index", "-i", help="The index; not needed when there is one.")] = None,

@@ -33,10 +33,16 @@ def handbook() -> Path:
 def prepare(walk: Walk) -> Figures:
     """Fills the lake and publishes the data set."""
     from sihe.data.text.service import TextService
+    from sihe.data.text.types import Progress
+
+    def show(progress: Progress) -> None:
+        total = f" of {progress.total:,}" if progress.total else ""
+        walk.screen.progress(f"{progress.stage}: {progress.done:,}{total} {progress.note}")
 
     sources = [Path(sysconfig.get_paths()["stdlib"]), handbook()]
     walk.screen.detail(f"input: {sources[0]} and the handbook in two languages")
     prepared = TextService(walk.workspace).prepare(
-        DATASET, sources, vocab_size=VOCABULARY, exclude=EXCLUDE, on_progress=walk.screen.progress
+        DATASET, sources, vocab_size=VOCABULARY, exclude=EXCLUDE, on_progress=show
     )
-    return {"folder": str(prepared.folder), "dataset": prepared.key}
+    walk.screen.detail(", ".join(f"{name} {count:,}" for name, count in prepared.counts.items()))
+    return {"folder": str(prepared.folder), "dataset": prepared.key, "counts": dict(prepared.counts)}

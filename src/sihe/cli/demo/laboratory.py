@@ -12,11 +12,12 @@ def measure(walk: Walk) -> Figures:
     """Runs the lab and shows its claims."""
     from sihe.apps.coach.service import CoachService
 
+    locale = walk.workspace.settings.locale
     result = CoachService(walk.workspace).run_lab(LAB)
     claims = [
-        {"name": claim.name, "value": claim.value, "unit": claim.unit, "provenance": claim.provenance}
+        {"name": claim.label.of(locale), "shown": claim.shown, "provenance": claim.provenance}
         for claim in result.claims
     ]
     for claim in claims:
-        walk.screen.detail(f"{claim['name']}: {claim['value']:.4g} {claim['unit']} ({claim['provenance']})")
+        walk.screen.detail(f"{claim['name']}: {claim['shown']} ({claim['provenance']})")
     return {"lab": LAB, "claims": claims}

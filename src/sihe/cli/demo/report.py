@@ -14,10 +14,11 @@ from sihe.core.workspace import Workspace
 def rows(stages: dict[str, Figures]) -> list[tuple[str, str, str]]:
     """(stage, what, figure) of everything that was measured."""
     corpus, training, evaluation = stages["corpus"], stages["pretraining"], stages["evaluation"]
+    counts = corpus["counts"]
     serving, retrieval, lab = stages["serving"], stages["retrieval"], stages["lab"]
     return [
-        ("data", "documents kept of those read", f"{corpus['kept']:,} of {corpus['read']:,}"),
-        ("data", "tokens in the data set", f"{corpus['tokens']:,}"),
+        ("data", "documents kept of those read", f"{counts['kept']:,} of {counts['documents']:,}"),
+        ("data", "tokens in the data set", f"{counts['train_tokens'] + counts['held_out_tokens']:,}"),
         ("data", "files to shards", f"{corpus['stage_s']:.1f} s"),
         ("training", "parameters", f"{training['parameters'] / 1e6:.2f} M"),
         ("training", "throughput, two ranks", f"{training['tokens_per_s']:,.0f} tokens/s"),
@@ -41,10 +42,7 @@ def rows(stages: dict[str, Figures]) -> list[tuple[str, str, str]]:
         ),
         ("retrieval", "passages indexed", f"{retrieval['chunks']:,} in {retrieval['index_s']:.1f} s"),
         ("retrieval", "an answer with verified citations", f"{retrieval['ask_ms']:.0f} ms"),
-        *(
-            ("lab", f"{claim['name']} ({claim['provenance']})", f"{claim['value']:.4g} {claim['unit']}")
-            for claim in lab["claims"]
-        ),
+        *(("lab", f"{claim['name']} ({claim['provenance']})", str(claim["shown"])) for claim in lab["claims"]),
         ("all", "whole walk", f"{sum(figures['stage_s'] for figures in stages.values()):.0f} s"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,8 +97,6 @@ def public_names(source: Path) -> dict[str, list[str]]:
         "print(json.dumps({name: sorted(getattr(importlib.import_module(name), '__all__', []))"
         " for name in sys.argv[1:]}))"
     )
-    import json
-
     result = _python(code, *sorted(packages), source=source)
     names: dict[str, list[str]] = json.loads(result)
     return names
@@ -108,6 +107,13 @@ def heavy_imports(source: Path, *packages: str) -> list[str]:
     code = "import importlib, sys\nfor name in sys.argv[2:]: importlib.import_module(name)\n"
     code += "print(*[name for name in sys.argv[1].split(',') if name in sys.modules])"
     return _python(code, ",".join(HEAVY), *packages, source=source).split()
+
+
+def pure_modules(source: Path) -> list[str]:
+    """Values, ports, errors and configuration: what other rooms read first."""
+    stems = ("types", "ports", "errors", "config")
+    paths = (path.relative_to(source).with_suffix("") for path in source.rglob("*.py") if path.stem in stems)
+    return sorted(".".join(("sihe", *path.parts)) for path in paths)
 
 
 def _python(code: str, *arguments: str, source: Path) -> str:
@@ -139,3 +145,8 @@ def lint_imports(source: Path, configuration: Path) -> tuple[bool, str]:
 
 def _packages(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()}
+
+
+if __name__ == "__main__":  # `make pin` writes the public names anew
+    pinned = REPOSITORY / "tests" / "architecture" / "public_names.json"
+    pinned.write_text(json.dumps(public_names(SOURCE), indent=2, sort_keys=True) + "\n")
