@@ -51,7 +51,7 @@ def test_columns_types_and_predicates(lake: Lake) -> None:
         table.read(columns=["size"])
 
 
-@pytest.mark.parametrize("where", ["number =", "size = 3", "number = DATE '2020-01-01'"])
+@pytest.mark.parametrize("where", ["number =", "size = 3", "nonsense(number)"])
 def test_a_wrong_predicate_is_the_callers(lake: Lake, where: str) -> None:
     table = lake.table("documents")
     table.append(rows(1))
@@ -147,17 +147,17 @@ def _together(folder: Path, workers: int, count: int, key: str | None = None) ->
 
 
 def test_concurrent_appends_are_all_kept_from_the_first_on(tmp_path: Path) -> None:
-    appended = _together(tmp_path / "lake", workers=4, count=8)
+    appended = _together(tmp_path / "lake", workers=3, count=8)
     table = Lake(tmp_path / "lake").table("documents")
-    assert sorted(appended.values()) == list(range(32))
-    assert numbers(table) == sorted(worker * 1000 + number for worker in range(4) for number in range(8))
+    assert sorted(appended.values()) == list(range(24))
+    assert numbers(table) == sorted(worker * 1000 + number for worker in range(3) for number in range(8))
     for number, version in appended.items():
         assert number in numbers(table, version)
         assert version == 0 or number not in numbers(table, version - 1)
 
 
 def test_concurrent_appends_of_one_key_are_one(tmp_path: Path) -> None:
-    appended = _together(tmp_path / "lake", workers=4, count=2, key="same")
+    appended = _together(tmp_path / "lake", workers=3, count=2, key="same")
     assert set(appended.values()) == {0}
     assert len(numbers(Lake(tmp_path / "lake").table("documents"))) == 1
 

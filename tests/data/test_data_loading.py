@@ -187,10 +187,10 @@ def test_of_many_ranks_one_hashes(dataset: TokenDataset) -> None:
     (dataset.folder / ".verified.json").unlink()
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[str] = context.Queue()
-    ranks = [context.Process(target=_open_and_report, args=(dataset.folder, results)) for _ in range(3)]
+    ranks = [context.Process(target=_open_and_report, args=(dataset.folder, results)) for _ in range(2)]
     for rank in ranks:
         rank.start()
-    assert sorted(results.get(timeout=60) for _ in ranks) == ["hashed", "stamp", "stamp"]
+    assert sorted(results.get(timeout=60) for _ in ranks) == ["hashed", "stamp"]
     for rank in ranks:
         rank.join()
 

@@ -19,16 +19,18 @@ def find_dataset(reference: str, datasets: Path) -> Path:
     folder = Path(reference)
     if (folder / FILE_NAME).is_file():
         return folder.absolute()
-    hint = f"neither a data set's folder nor a name under {datasets}; make one with  sihe text prepare"
+    make = "make one with  sihe text prepare"
     name, _, version = reference.partition("@")
     if "/" in reference:
+        hint = f"neither a data set's folder nor a name under {datasets}; {make}"
         raise NotFound("data set", reference, hint=hint)
     versions = [manifest.version for manifest in dataset_versions(name, datasets)]
     if not versions:
-        known = ", ".join(dataset_names(datasets))
-        raise NotFound("data set", reference, hint=f"there are: {known}" if known else hint)
-    if version and version not in versions:
-        raise NotFound("data set", reference, hint=f"{name!r} has the versions {', '.join(versions)}")
+        known = ", ".join(dataset_names(datasets)) or "none yet"
+        raise NotFound("data set", reference, hint=f"there are: {known}; {make}")
+    if version and check_name("data set version", version) not in versions:
+        hint = f"{name!r} has the versions {', '.join(versions)}; {make}"
+        raise NotFound("data set", reference, hint=hint)
     return datasets / name / (version or versions[0])
 
 
