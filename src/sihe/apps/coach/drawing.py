@@ -80,7 +80,7 @@ def draw_map(
         body.append(f'<g transform="translate(0 {y:g})">{drawn}</g>')
         y += height
     body.append(f'<g transform="translate(0 {y:g})" aria-hidden="true">{"".join(_legend(language, columns))}</g>')
-    height = y + _LEGEND * (1 if columns > 1 else 3)
+    height = y + _LEGEND * (1 if columns > 2 else 4 - columns)
     margin = 24 if standalone else 1
     box = f"{-margin} {-margin} {width + 2 * margin} {height + 2 * margin:g}"
     style = f"<style>{STYLE}</style>" if standalone else ""

@@ -57,6 +57,8 @@ def shape_of(markdown: str) -> Shape:
     sections = [Section("")]
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     for index, token in enumerate(tokens):
+        if index and tokens[index - 1].type == "heading_open":
+            continue  # the words of a heading are no text under it
         if token.type == "heading_open":
             title = tokens[index + 1].content.strip()
             if token.tag == "h1":

@@ -31,7 +31,7 @@ _TAIL_LINES = 12
 def run_ranks(
     target: str, arguments: Mapping[str, Any], *, world_size: int, limit_s: float, threads: int = 1
 ) -> list[Any]:
-    """What `target` ("module:function") returns in each of `world_size` processes, by rank.
+    """What `target` ("module:function") returns in each of `world_size` processes of `threads` threads, by rank.
 
     The function is called as `function(rank, world_size, **arguments)`; arguments and answers are JSON values. With
     more than one rank a gloo process group is open. Raises `LabFailed` with the words of the rank that failed first,
@@ -109,9 +109,6 @@ def _be_rank(folder: Path, rank: int) -> None:
     _leave_with_parent()
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     world_size = int(task["world_size"])
-    import torch
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if world_size > 1:
         import torch.distributed as dist
 
