@@ -25,12 +25,13 @@ def log_of(bodies: list[bytes]) -> bytes:
 
 
 @given(bodies=BODIES)
+@settings(deadline=None)
 def test_what_was_written_is_read(bodies: list[bytes]) -> None:
     assert read(log_of(bodies)) == bodies
 
 
 @given(bodies=BODIES, share=st.floats(0, 1))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_a_log_cut_anywhere_gives_the_whole_frames_before_the_cut(bodies: list[bytes], share: float) -> None:
     data = log_of(bodies)
     cut = data[: int(share * len(data))]
@@ -43,7 +44,7 @@ def test_a_log_cut_anywhere_gives_the_whole_frames_before_the_cut(bodies: list[b
 
 
 @given(bodies=BODIES, data=st.data())
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 def test_a_flipped_bit_is_never_read_as_data(bodies: list[bytes], data: st.DataObject) -> None:
     # Bodies without zero bytes: whole sectors of zeros are what a crash leaves, and the test below is about them.
     log = bytearray(log_of([body.replace(b"\0", b"\1") for body in bodies]))
@@ -54,6 +55,7 @@ def test_a_flipped_bit_is_never_read_as_data(bodies: list[bytes], data: st.DataO
 
 
 @given(bodies=BODIES, garbage=st.binary(min_size=24, max_size=600).filter(lambda found: found[:1] != b"\0"))
+@settings(deadline=None)
 def test_foreign_bytes_at_the_end_are_refused(bodies: list[bytes], garbage: bytes) -> None:
     if b"\0" * 20 in garbage:
         return
@@ -62,6 +64,7 @@ def test_foreign_bytes_at_the_end_are_refused(bodies: list[bytes], garbage: byte
 
 
 @given(bodies=BODIES, data=st.data())
+@settings(deadline=None)
 def test_sectors_of_the_last_frame_that_never_reached_the_disk_are_an_incomplete_tail(
     bodies: list[bytes], data: st.DataObject
 ) -> None:

@@ -68,8 +68,8 @@ def size_of(text: str) -> int:
 @lru_cache(maxsize=65536)
 def _english_term(word: str) -> str:
     """The stem of a lower-case word; empty for a stop word."""
-    word = word.split("'")[0]
-    if word in STOP_WORDS_EN:
+    word, _, clipped = word.partition("'")
+    if word in STOP_WORDS_EN or clipped == "t":  # don't, isn't, couldn't
         return ""
     return _stem()(word)
 
@@ -81,8 +81,11 @@ def _stem() -> Callable[[str], str]:
     stemmer, lock = Stemmer.Stemmer("english"), threading.Lock()
 
     def stem(word: str) -> str:
+        """The stem of the stem and so on: *autoscaling* gives `autosc` at once, *autoscale* only by `autoscal`."""
         with lock:  # one stemmer is not safe to share
-            return str(stemmer.stemWord(word))
+            while (shorter := str(stemmer.stemWord(word))) != word:
+                word = shorter
+        return word
 
     return stem
 

@@ -15,7 +15,7 @@ _ABBREVIATION = re.compile(
     r"Mrs?|Ms|Dr|Prof|St|Jr|Sr|Inc|Ltd|Dept)\Z"
     r"|(?:\A\W*|[A-Z][\w.]*\s)[A-Z]\Z"  # an initial, but not the N that ends "grows with N."
 )
-_MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|<(https?://[^>]*)>|(\*\*|__|(?<!\w)[*_]|[*_](?!\w)|`)")
+_MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|<(https?://[^>]*)>|(\*\*|__|(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)|`)")
 
 
 def sentences_of(text: str, start: int = 0, end: int | None = None) -> list[Span]:
