@@ -9,7 +9,7 @@ import pytest
 
 from sihe.core.errors import ConfigError
 from sihe.training.config import ModelShape, TrainConfig
-from sihe.training.presets import load_config, parse_override, preset_names
+from sihe.training.presets.reader import load_config, parse_override, preset_names
 from support.training_runs import small_config
 
 

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = attach(
         "TrainResult": "sihe.training.types",
         "TrainRun": "sihe.training.types",
         "TrainingService": "sihe.training.service",
-        "load_config": "sihe.training.presets",
+        "load_config": "sihe.training.presets.reader",
     },
 )

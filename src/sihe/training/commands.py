@@ -34,7 +34,7 @@ def run_training(
     as_json: AsJson = False,
 ) -> None:
     """Train a model; an interrupted run with the same settings and data is continued."""
-    from sihe.training.presets import load_config, parse_override
+    from sihe.training.presets.reader import load_config, parse_override
     from sihe.training.service import TrainingService
 
     overrides = dict(parse_override(item) for item in set_ or ())
@@ -91,7 +91,7 @@ def export_checkpoint(run_id: str, step: int, as_json: AsJson = False) -> None:
 @app.command("presets")
 def list_presets(as_json: AsJson = False) -> None:
     """The configurations that ship with Sihe."""
-    from sihe.training.presets import preset_names
+    from sihe.training.presets.reader import preset_names
 
     terminal.emit(preset_names(), as_json=as_json)
 
