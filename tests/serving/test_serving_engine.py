@@ -65,7 +65,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, kv_heads: int) 
 
 @pytest.mark.parametrize(("batch", "budget"), [(3, 5), (8, 32), (8, 512)])
 def test_tokens_are_the_same_alone_and_in_a_batch(model_folder: Path, batch: int, budget: int) -> None:
-    asked = requests(24, seed=batch * budget)
+    asked = requests(16, seed=batch * budget)
     alone = run_alone(model_folder, asked)
     with Engine.load(model_folder, EngineConfig(max_batch_size=batch, token_budget=budget)) as engine:
         streams = [engine.submit(request) for request in asked]  # they join and leave as slots come free
@@ -73,7 +73,7 @@ def test_tokens_are_the_same_alone_and_in_a_batch(model_folder: Path, batch: int
 
 
 def test_requests_that_join_and_leave_half_way_change_nobody(model_folder: Path) -> None:
-    asked = requests(30, seed=3)
+    asked = requests(20, seed=3)
     alone = run_alone(model_folder, asked)
     source = random.Random(4)
     with Engine.load(model_folder, EngineConfig(max_batch_size=4, token_budget=12)) as engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import openai
@@ -12,11 +12,13 @@ from prometheus_client import CollectorRegistry
 
 from sihe.core import settings
 from sihe.core.clock import FakeClock
-from sihe.core.errors import CorruptData, NotFound, Unreachable
+from sihe.core.errors import Busy, CorruptData, NotFound, Unreachable
 from sihe.core.tracking import ModelVersion, Tracking
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
+from sihe.serving.engine.runner import ModelRunner, Work
+from sihe.serving.engine.sampler import Sampled
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NoMemory, NotReady
 from sihe.serving.gateway.gateway import Gateway
@@ -146,6 +148,32 @@ def test_moves_while_a_version_loads_coalesce(gateway: Gateway, monkeypatch: pyt
         gateway._routes["tiny"]._changed.wait_for(lambda: len(gateway.status("tiny").replicas) == 1, timeout=30)
     assert loaded == [2]  # the last wish was what served all along: nothing else was loaded
     assert gateway.generate("tiny", GenerationRequest(prompt=PROMPT, max_tokens=1)).served_by == "tiny@1"
+
+
+def test_old_versions_with_open_streams_do_not_pile_up(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, go = ModelRunner.step, threading.Event()
+
+    def held_step(self: ModelRunner, work: Sequence[Work]) -> list[Sampled | None]:
+        if any(len(item.tokens) > 1 for item in work):  # only the streams below have prompts of several tokens
+            assert go.wait(30)
+        return step(self, work)
+
+    monkeypatch.setattr(ModelRunner, "step", held_step)
+    request = GenerationRequest(prompt=(5, 6, 7), max_tokens=2)
+    streams = [gateway.generate("tiny", request)]
+    for version in (2, 1):
+        gateway.move_alias("tiny", "live", version)
+        gateway.wait_ready("tiny", timeout_s=30)
+        streams.append(gateway.generate("tiny", request))
+    gateway.move_alias("tiny", "live", 2)
+    with pytest.raises(Busy):
+        gateway.wait_ready("tiny", timeout_s=0.2)
+    states = [replica.state for replica in gateway.status("tiny").replicas]
+    assert states == [ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.DRAINING]
+    go.set()
+    assert gateway.wait_ready("tiny", timeout_s=30).version == 2
+    assert [stream.result(30).usage.completion_tokens for stream in streams] == [2, 2, 2]
+    assert [stream.served_by for stream in streams] == ["tiny@1", "tiny@2", "tiny@1"]
 
 
 def test_a_registry_that_does_not_answer_stops_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,6 @@ class Route:
             with self._changed:
                 while not self._closing and not self._has_work():
                     self._changed.wait(self._wait_s())
-                # Each old version still answers its last streams from memory; do not pile them up.
-                self._changed.wait_for(lambda: self._closing or len(self._draining) < _MAX_DRAINING)
                 wish = self._wish
                 if self._closing or wish is None:
                     return
@@ -227,14 +225,14 @@ class Route:
         return serving is not None and serving.is_serving and self._wish is not None and self._wish.is_met_by(serving)
 
     def _has_work(self) -> bool:
-        if self._wish is None or self._is_met():
+        if self._wish is None or self._is_met() or len(self._draining) >= _MAX_DRAINING:
             return False
         failed = self._failed()
         return failed is None or (failed.retry_at_s is not None and self._clock.monotonic_s() >= failed.retry_at_s)
 
     def _wait_s(self) -> float | None:
         failed = self._failed()
-        if failed is None or failed.retry_at_s is None:
+        if failed is None or failed.retry_at_s is None or len(self._draining) >= _MAX_DRAINING:
             return None
         return max(0.01, failed.retry_at_s - self._clock.monotonic_s())
 
