@@ -25,7 +25,7 @@ from sihe.core import settings
 from sihe.core.workspace import Workspace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from support.retrieval import Collection, ndcg, read_cranfield, read_squad  # noqa: E402
+from support.retrieval import Collection, ndcg, read_cranfield, read_squad
 
 DATA = Path(os.environ.get("TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "retrieval"
 QUESTIONS = 40  # of each article, for the refusals

