@@ -47,12 +47,14 @@ mixed = st.text(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(text=mixed)
+@settings(max_examples=500, deadline=None)
+@given(text=st.one_of(mixed, st.text(alphabet=st.sampled_from("' \n\t\x0b\x1c\0astrevml19.(_<|>"), max_size=40)))
 @example(text="  \n\n  x")
 @example(text="a \x1c b\x1c\x1d c")
 @example(text="<|eos|> <|user|>\n")
 @example(text="it's they'll   \t end  ")
+@example(text="('self' 'll''re'VE")
+@example(text="it’s naïve é's x's")
 def test_pieces_give_the_tokens_of_the_whole_text(tokenizer: Tokenizer, encoder: TextEncoder, text: str) -> None:
     expected = plain(tokenizer).encode(text, add_special_tokens=False).ids
     assert encoder.encode([text])[0].tolist() == expected

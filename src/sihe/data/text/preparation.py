@@ -39,7 +39,9 @@ from sihe.data.text.types import Document, PreparedDataset, Progress, Skipped, V
 TABLE = "documents"
 REPORT_FILE = "documents.parquet"
 _RECIPE_VERSION = 1  # raise it when a stage changes what it produces, so that no old result passes for a new one
-_TOKENIZER_CHARACTERS = 8_000_000  # more text changes an 8 k vocabulary little and costs seconds
+# 8192 tokens trained on 4 M characters of Python's standard library encode all 12 M of it in 1.9 % more tokens than
+# those trained on all of it, after a third of the processor time (measured on two cores).
+_TOKENIZER_CHARACTERS = 4_000_000
 _TIMEOUT_S = 900.0
 _COLUMNS = ("path", "text", "kind", "language", "licence", "sha256")
 _REPORT_EVERY = 50  # documents between two calls of on_progress
