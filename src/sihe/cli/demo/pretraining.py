@@ -11,36 +11,70 @@ from pathlib import Path
 from sihe.cli.demo.journal import Figures
 from sihe.cli.demo.stage import Walk
 
-STEPS, CHECKPOINT_EVERY, KILL_AT = 72, 12, 33
 MODEL = "demo-10m"
+BATCH, LENGTH = 8, 256
+_TARGET_S = 75.0  # how long the training should take on this machine
+_FEWEST, _MOST = 24, 120  # steps: fewer show nothing, more are not needed to show it
+_INTERVALS = 6  # checkpoints of a run
 
 
 def train(walk: Walk) -> Figures:
     """Trains, kills a rank once, and compares the steps that were computed twice."""
-    from sihe.training.presets import load_config
+    from sihe.training.presets.reader import load_config
     from sihe.training.service import TrainingService
 
-    overrides = {"dataset": str(walk.figure("corpus", "folder")), "model_name": MODEL, "max_steps": STEPS}
-    overrides |= {"checkpoint_every": CHECKPOINT_EVERY, "keep_checkpoints": STEPS // CHECKPOINT_EVERY}
-    overrides |= {"warmup_steps": 8, "seed": walk.journal.walk}  # another walk is another run
+    steps = _steps(walk)
+    overrides = {"dataset": str(walk.figure("corpus", "folder")), "model_name": MODEL, "max_steps": steps}
+    overrides |= {"global_batch": BATCH, "micro_batch": BATCH // 2, "sequence_length": LENGTH}
+    overrides |= {"checkpoint_every": steps // _INTERVALS, "keep_checkpoints": _INTERVALS + 1}
+    overrides |= {"warmup_steps": steps // 8, "seed": walk.journal.walk}  # another walk is another run
     config = load_config("nano-10m", overrides)
-    narrator = _Narrator(walk)
+    narrator = _Narrator(walk, steps=steps, kill_at=steps // _INTERVALS * 3 - 1)
     started = time.perf_counter()
     result = TrainingService(walk.workspace).train(config, on_event=narrator)
     seconds = time.perf_counter() - started
-    figures: Figures = {
-        "run": result.run_id,
-        "model": result.model_version.key,
-        "version": result.model_version.version,
-    }
+    version = result.model_version
+    figures: Figures = {"run": result.run_id, "model": version.key, "version": version.version}
     figures |= {"loss": result.final_loss, "tokens_per_s": result.tokens_per_s, "steps": result.steps}
     figures |= {"parameters": narrator.parameters, "seconds": seconds, **_replayed(result.folder / "events.jsonl")}
-    figures["down_s"] = walk.journal.note("down_s")
+    figures |= {"early_step": config.checkpoint_every, "down_s": walk.journal.note("down_s")}
     walk.screen.detail(
         f"loss {result.final_loss:.3f} after {result.steps} steps, {result.tokens_per_s:,.0f} tokens/s; "
         f"{figures['replayed']} steps were computed twice, {figures['replayed_equal']} of them bit-equal"
     )
     return figures
+
+
+def _steps(walk: Walk) -> int:
+    """How many steps this machine does in the target time; measured once a walk, so that a resumed run is the same."""
+    kept = walk.journal.note("steps")
+    if kept is None:
+        rate_tok_per_s = _pace()
+        kept = min(max(round(_TARGET_S * rate_tok_per_s / (BATCH * LENGTH)), _FEWEST), _MOST)
+        walk.journal.keep("steps", kept)
+        walk.screen.detail(f"this machine does about {rate_tok_per_s:,.0f} tokens/s: {kept} steps")
+    return int(kept)
+
+
+def _pace() -> float:
+    """Tokens/s of forward and backward, from one micro-batch after a first one that warms up."""
+    import torch
+
+    from sihe.cli.demo.corpus import VOCABULARY
+    from sihe.models.config import ModelConfig
+    from sihe.models.decoder import Decoder
+    from sihe.models.precision import fastest_dtype
+    from sihe.training.presets.reader import load_config
+
+    sizes = load_config("nano-10m", {"dataset": "any"}).model.resolved(LENGTH)
+    model = Decoder(ModelConfig(vocab_size=VOCABULARY, **sizes)).to(fastest_dtype())
+    tokens_BT = torch.randint(VOCABULARY, (2, LENGTH))
+    for _ in range(2):
+        started = time.perf_counter()
+        total, _count = model.loss(tokens_BT, tokens_BT)
+        torch.autograd.backward(total)
+        seconds = time.perf_counter() - started
+    return tokens_BT.numel() / seconds
 
 
 def evaluate(walk: Walk) -> Figures:
@@ -53,7 +87,9 @@ def evaluate(walk: Walk) -> Figures:
     if early is None:
         early = (
             TrainingService(walk.workspace)
-            .register_checkpoint(str(walk.figure("pretraining", "run")), CHECKPOINT_EVERY)
+            .register_checkpoint(
+                str(walk.figure("pretraining", "run")), int(str(walk.figure("pretraining", "early_step")))
+            )
             .version
         )
         walk.journal.keep("early_version", early)
@@ -71,10 +107,12 @@ def evaluate(walk: Walk) -> Figures:
 
 
 class _Narrator:
-    """Shows the run, and kills the last rank once at step `KILL_AT`."""
+    """Shows the run, and kills the last rank once at step `kill_at`."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk, *, steps: int, kill_at: int) -> None:
         self._walk = walk
+        self._steps = steps
+        self._kill_at = kill_at
         self._pids: tuple[int, ...] = ()
         self._killed_at_s: float | None = None
         self.parameters = 0
@@ -101,8 +139,10 @@ class _Narrator:
                 if self._killed_at_s is not None:
                     self._walk.journal.keep("down_s", time.perf_counter() - self._killed_at_s)
                     self._killed_at_s = None
-                screen.progress(f"step {event.step}/{STEPS}  loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tokens/s")
-                if event.step >= KILL_AT and not self._walk.journal.note("killed"):
+                screen.progress(
+                    f"step {event.step}/{self._steps}  loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tokens/s"
+                )
+                if event.step >= self._kill_at and not self._walk.journal.note("killed"):
                     self._kill()
             case _:
                 pass
