@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 
 from sihe.core.errors import TooLarge
@@ -16,6 +17,8 @@ from sihe.models import loss as loss_module
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.loss import cross_entropy
+from sihe.models.mlp import GatedMLP
+from sihe.models.norm import RMSNorm
 from sihe.models.rope import RotaryTable
 
 CONFIG = ModelConfig(
@@ -105,9 +108,48 @@ def test_too_long_a_sequence_says_so(model: Decoder) -> None:
 
 def test_angles_stay_exact_when_the_model_is_cast() -> None:
     table = RotaryTable(head_dim=8, max_positions=4096, theta=1e4)
-    rounded = table.prefix(4096, torch.device("cpu"), torch.bfloat16).cos.flatten(0, 1)
+    rounded = table.prefix(4096, torch.device("cpu"), torch.bfloat16).cos[0, :, 0]
     expected = (torch.arange(4096, dtype=torch.float64)[:, None] * 1e4 ** -(torch.arange(4) / 4).double()).cos()
-    assert float((rounded[:, :4].double() - expected).abs().max()) < 2**-7  # rounding of the result, not of the angle
+    assert float((rounded.double() - expected).abs().max()) < 2**-7  # rounding of the result, not of the angle
+
+
+# ---- hand-written gradients, against finite differences in float64 -------------------------------------------------
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+
+
+def test_gradients_of_the_norm() -> None:
+    norm = RMSNorm(6, eps=0.1).double()
+    x, weight = doubles(2, 3, 6), doubles(6)
+    assert torch.autograd.gradcheck(lambda x, w: functional_call(norm, {"weight": w}, x), (x, weight))
+    expected = functional.rms_norm(x, (6,), weight, 0.1)
+    torch.testing.assert_close(functional_call(norm, {"weight": weight}, x), expected)
+
+
+def test_gradients_of_the_feed_forward_layer() -> None:
+    mlp = GatedMLP(replace(CONFIG, hidden_size=5, intermediate_size=3)).double()
+    weights = {name: weight.detach().requires_grad_() for name, weight in mlp.named_parameters()}
+    assert torch.autograd.gradcheck(
+        lambda x, *w: functional_call(mlp, dict(zip(weights, w, strict=True)), x), (doubles(2, 4, 5), *weights.values())
+    )
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_gradients_of_the_rotation(group: int) -> None:
+    table = RotaryTable(head_dim=4, max_positions=9, theta=10.0)
+    qkv_BTKGH = doubles(2, 5, 2, group + 2, 4)
+    for rotation in (
+        table.prefix(5, torch.device("cpu"), torch.float64),
+        table.at(torch.tensor([[0, 1, 2, 3, 4], [8, 3, 3, 0, 7]]), torch.float64),
+    ):
+        assert torch.autograd.gradcheck(rotation.apply, (qkv_BTKGH,))
+        q_BTNH, k_BTKH, v_BTKH = rotation.apply(qkv_BTKGH)
+        # A rotation leaves lengths alone, and the values are untouched.
+        torch.testing.assert_close(q_BTNH.norm(dim=-1), qkv_BTKGH[:, :, :, :group].norm(dim=-1).flatten(2))
+        torch.testing.assert_close(k_BTKH.norm(dim=-1), qkv_BTKGH[:, :, :, group].norm(dim=-1))
+        assert torch.equal(v_BTKH, qkv_BTKGH[:, :, :, group + 1])
 
 
 # ---- loss ----------------------------------------------------------------------------------------------------------

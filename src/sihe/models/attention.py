@@ -1,9 +1,9 @@
 """Self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245).
 
     B  batch      T  time      D  hidden      N  query heads      K  key-value heads      H  head dim
-    G  query heads of one key-value head: N / K
+    G  rows of one key-value head's group: its N / K queries, its key, its value
 
-One matrix product gives queries, keys and values. Its rows are ordered by key-value head, each group being its G query
+One matrix product gives queries, keys and values. Its rows are ordered by key-value head, each group being its query
 heads, its key head and its value head, so that a contiguous share of the rows is a whole number of groups.
 """
 
@@ -32,10 +32,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend | None = None) -> Tensor:
         """What each position gathers from those before it and itself, [B, T, D]."""
         qkv_BTKGH = self.qkv(x_BTD).unflatten(-1, (-1, self.group + 2, self.head_dim))
-        q_BTKGH, k_BTK1H, v_BTK1H = qkv_BTKGH.split((self.group, 1, 1), dim=3)
-        q_BTNH = rotation.apply(q_BTKGH.flatten(2, 3))
-        k_BTKH = rotation.apply(k_BTK1H.squeeze(3))
-        v_BTKH = v_BTK1H.squeeze(3)
+        q_BTNH, k_BTKH, v_BTKH = rotation.apply(qkv_BTKGH)
         o_BTNH = causal(q_BTNH, k_BTKH, v_BTKH) if attend is None else attend(self.layer, q_BTNH, k_BTKH, v_BTKH)
         return self.out(o_BTNH.flatten(2))
 

@@ -30,14 +30,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + _CHUNK)
             x_CD, counted_C = x_MD[chunk], targets_M[chunk] >= 0
             target_C1 = targets_M[chunk].clamp(min=0).unsqueeze(1)
-            logits_CV = (x_CD @ head_VD.T).float()
-            log_sum_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            total += ((log_sum_C1 - logits_CV.gather(1, target_C1)).squeeze(1) * counted_C).sum()
+            log_p_CV = torch.log_softmax(x_CD @ head_VD.T, dim=1, dtype=torch.float32)
+            nll_C = -log_p_CV.gather(1, target_C1).squeeze(1)
+            total += (nll_C * counted_C).sum()
             if not (wants_x or wants_head):
                 continue
-            # d nll / d logits = softmax - one-hot, in the memory of the logits
-            dlogits_CV = logits_CV.sub_(log_sum_C1).exp_()
-            dlogits_CV.scatter_add_(1, target_C1, torch.full_like(log_sum_C1, -1.0))
+            # d nll / d logits = softmax - one-hot, in the memory of the log-probabilities
+            dlogits_CV = log_p_CV.exp_()
+            dlogits_CV.scatter_add_(1, target_C1, torch.full_like(nll_C.unsqueeze(1), -1.0))
             if not counted_C.all():
                 dlogits_CV *= counted_C.unsqueeze(1)
             dlogits_CV = dlogits_CV.to(x_MD.dtype)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sihe.models.config import ModelConfig
 
@@ -17,5 +21,26 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate_BTF) * up_BTF)
+        return self.down(_SwiGLU.apply(self.gate_up(x_BTD)))  # type: ignore[no-untyped-call]  # torch's own
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., gate | up], whose gradient is written in place of being put together from halves."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = nn.functional.silu(gate)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up, activated = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.chunk(2, dim=-1)
+        torch.mul(grad, activated, out=dup)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=dgate)
+        return dgate_up
