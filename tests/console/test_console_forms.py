@@ -76,7 +76,8 @@ def events(client: TestClient, path: str) -> list[tuple[str, object]]:
 def test_the_stream_of_a_finished_run_says_everything_and_ends(client: TestClient, paths: dict[str, str]) -> None:
     (curves, first), (status, fragments), (end, _) = events(client, paths["run"] + "/stream")
     assert (curves, status, end) == ("curves", "status", "end")
-    assert isinstance(first, dict) and isinstance(fragments, dict)
+    assert isinstance(first, dict)
+    assert isinstance(fragments, dict)
     assert first["whole"] is True
     assert first["restarts"] == [20]
     assert first["series"]["loss"] == [list(range(40)), [4 / (step + 1) for step in range(40)]]
@@ -104,7 +105,9 @@ def test_keys(tmp_path: Path) -> None:
         entered = client.post("/login", data={"key": "other", "next": "//evil.example"}, follow_redirects=False)
         assert (entered.status_code, entered.headers["location"]) == (303, "/")
         cookie = entered.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "other" not in cookie
+        assert "HttpOnly" in cookie
+        assert "SameSite=strict" in cookie
+        assert "other" not in cookie
         assert client.get("/runs", headers=HTML).status_code == 200
         assert client.get("/v1/models").status_code == 200
         client.post("/logout")

@@ -15,7 +15,7 @@ CONSOLE = Path(__file__).parents[2] / "src" / "sihe" / "console"
 # Keys whose last part is a value of the house: `t("status." ~ run.status)`.
 FAMILIES = (
     "status.", "metric.", "lineage.", "difficulty.", "level.", "round.", "section.", "rubric.", "provenance.",
-    "verdict.", "deployment.", "failure.", "nav.", "about.", "lab.step_", "mode.",
+    "verdict.", "deployment.", "failure.", "nav.", "about.", "lab.step_", "mode.", "state.", "recall.",
 )  # fmt: skip
 
 

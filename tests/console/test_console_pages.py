@@ -149,7 +149,8 @@ def test_errors_take_the_form_of_the_path(client: TestClient) -> None:
     assert "none" in openai.json()["error"]["message"]
     fragment = client.get("/runs/nobody", headers={"hx-request": "true"})
     assert fragment.status_code == 404
-    assert fragment.text.startswith("<div") and 'role="alert"' in fragment.text
+    assert fragment.text.startswith("<div")
+    assert 'role="alert"' in fragment.text
     invalid = get(client, "/runs?limit=none")
     assert invalid.status_code == 422
     assert "limit" in invalid.text

@@ -45,7 +45,11 @@ def create_app(workspace: Workspace) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(console.gateway.start)
+        try:
+            await asyncio.to_thread(console.gateway.start)
+        except Exception as error:
+            console.failure = error
+            raise
         try:
             yield
         finally:

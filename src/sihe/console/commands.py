@@ -38,4 +38,7 @@ def up(
                 "set SIHE_SERVER_API_KEYS",
                 err=True,
             )
-        serve(workspace, on_ready=ready)
+        try:
+            serve(workspace, on_ready=ready)
+        except KeyboardInterrupt:  # the way to stop it: no failure
+            terminal.say("stopped")

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Console:
-    """Handed to each page's `router`. `stopping` is set when the server begins to shut down: streams then end."""
+    """Handed to each page's `router`.
+
+    `stopping` is set when the server begins to shut down: streams then end. `failure` is why it could not start.
+    """
 
     workspace: Workspace
     views: Views
@@ -25,3 +28,4 @@ class Console:
     rag: RagService
     coach: CoachService
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: Exception | None = None

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import uvicorn
 
-from sihe.console.app import create_app
 from sihe.core.errors import ConfigError, PortInUse
 from sihe.core.workspace import Workspace
 
@@ -52,6 +51,8 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
     """
     server_settings = workspace.settings.server
     bound = listen(server_settings.host, server_settings.port)
+    from sihe.console.app import create_app  # it takes a second or two to load, and a taken port is said before
+
     try:
         app = create_app(workspace)
         config = uvicorn.Config(
@@ -61,9 +62,12 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
             server_header=False,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
-        _Server(
-            config, stopping=app.state.console.stopping.set, ready=lambda: on_ready and on_ready(url_of(bound))
-        ).run(sockets=[bound])
+        console = app.state.console
+        _Server(config, stopping=console.stopping.set, ready=lambda: on_ready and on_ready(url_of(bound))).run(
+            sockets=[bound]
+        )
+        if console.failure is not None:  # uvicorn only logs it
+            raise console.failure
     finally:
         bound.close()
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import HTMLResponse
+from fastapi import APIRouter, Form, Query, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
 
 from sihe.apps.coach.map import QuestionText
 from sihe.apps.coach.schema import SECTIONS, Question, RubricItem
@@ -62,6 +62,7 @@ def router(console: Console) -> APIRouter:
             chosen=chosen,
             questions=[item for item in found if chosen.admit(item.question, field)],
             total=len(found),
+            states=console.coach.states(),
         )
 
     def show(request: Request, item: QuestionText, given: Mapping[str, str]) -> HTMLResponse:
@@ -92,6 +93,11 @@ def router(console: Console) -> APIRouter:
             found, left = mark(item.question, given), missing(item.question, given)
             return console.views.page(request, "mark.html", mark=found, missing=left)
         return show(request, item, given)
+
+    @routes.post("/coach/{name}/review")
+    def review(name: str, rating: Annotated[int, Form()]) -> Response:
+        console.coach.review(name, rating)
+        return RedirectResponse("/coach", status_code=303)
 
     return routes
 

@@ -29,20 +29,25 @@ def router(console: Console) -> APIRouter:
         return console.views.page(request, "labs.html", labs=console.coach.labs(), map=console.coach.map())
 
     @routes.get("/labs/{name}")
-    def lab_page(request: Request, name: str, job: str = "") -> HTMLResponse:
-        found = console.coach.lab(name)
+    def lab_page(request: Request, name: str, job: str = "", run: str = "") -> Response:
+        lab = console.coach.lab(name)
         current = _of(jobs, job, name) if job else None
+        if current is not None and current.result is not None:  # what a run showed has an address that lasts
+            return RedirectResponse(f"/labs/{name}?run={current.result.run_id}", status_code=303)
+        result = console.coach.result(run) if run else None
+        if result is not None and result.lab != name:
+            raise NotFound("result", run, hint=f"it belongs to the lab {result.lab}")
         language = console.views.language(request)
-        result = current.result if current else None
         return console.views.page(
             request,
             "lab.html",
-            lab=found,
+            lab=lab,
             job=current,
             result=result,
             charts=charts(result.series, language) if result else [],
             elapsed_s=jobs.elapsed_s(current) if current else 0.0,
             questions=[item for item in console.coach.questions() if name in item.question.labs],
+            attempts=[item for item in console.coach.attempts(lab=name) if item.state == "done" and item.run_id != run],
         )
 
     @routes.post("/labs/{name}")
@@ -62,12 +67,12 @@ def _begin(console: Console, jobs: Jobs[LabResult], name: str, form: Mapping[str
     """Stores the predictions, then starts the lab. A value that the lab does not take is refused before it runs."""
     lab = console.coach.lab(name)
     parameters = {key.removeprefix("parameter."): value for key, value in form.items() if key.startswith("parameter.")}
-    lab.resolve(parameters)
+    chosen = lab.resolve(parameters)
     for claim in lab.asks:
         said = form.get(f"claim.{claim.key}", "").strip()
         if said and "skip" not in form:
-            console.coach.predict(name, claim.key, _number(said))
-    return jobs.start(name, lambda _report: console.coach.run_lab(name, parameters))
+            console.coach.predict(name, claim.key, _number(said), parameters=chosen)
+    return jobs.start(name, lambda _report: console.coach.run_lab(name, chosen))
 
 
 def _of(jobs: Jobs[LabResult], job_id: str, lab: str) -> Job[LabResult]:

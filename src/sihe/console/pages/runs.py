@@ -57,7 +57,14 @@ def router(console: Console) -> APIRouter:
             sparks[run.id] = draw_sparkline(values, label)
         names = sorted({run.experiment for run in (found if not experiment else tracking.runs(limit=500))})
         return console.views.page(
-            request, "runs.html", runs=found, sparks=sparks, experiment=experiment, experiments=names, limit=limit
+            request,
+            "runs.html",
+            runs=found,
+            states={run.id: status_of(console.workspace, run) for run in found},
+            sparks=sparks,
+            experiment=experiment,
+            experiments=names,
+            limit=limit,
         )
 
     @routes.get("/runs/{run_id}")

@@ -29,7 +29,9 @@ def router(console: Console) -> APIRouter:
     routes = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
 
     @routes.get("/search")
-    def search(request: Request, q: Annotated[str, Query(max_length=2000)] = "", index: str = "") -> HTMLResponse:
+    def search(
+        request: Request, q: Annotated[str, Query(max_length=2000)] = "", index: str = "", job: str = ""
+    ) -> HTMLResponse:
         indexes = sorted(console.rag.indexes(), key=lambda item: (item.name != _BEST, item.name))
         index = index or (indexes[0].name if indexes else "")
         answer, took_s = None, 0.0

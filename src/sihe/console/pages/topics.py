@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
+from markupsafe import Markup
 
+from sihe.apps.coach.drawing import draw_map
 from sihe.apps.coach.map import CONTENT
 from sihe.console.context import Console
 from sihe.core.errors import NotFound
+
+_COLUMNS = (3, 2, 1)  # one drawing for each width of screen; the style sheet shows the one that fits
 
 
 def router(console: Console) -> APIRouter:
@@ -18,7 +22,13 @@ def router(console: Console) -> APIRouter:
     @routes.get("/")
     def the_map(request: Request) -> HTMLResponse:
         language = console.views.language(request)
-        return console.views.page(request, "map.html", map=field, drawing="")
+        states = console.coach.states()
+        drawings = {
+            columns: Markup(draw_map(field, language=language, states=states, columns=columns, standalone=False))
+            for columns in _COLUMNS
+        }
+        running = sum(topic.capability.runs for topic in field.topics.values())
+        return console.views.page(request, "map.html", map=field, drawings=drawings, running=running)
 
     @routes.get("/topics/{name}")
     def topic(request: Request, name: str) -> HTMLResponse:

@@ -38,11 +38,11 @@ for (const link of document.querySelectorAll('a[href^="?lang="]')) {
 for (const field of document.querySelectorAll("select[data-submit]")) field.addEventListener("change", () => field.form.requestSubmit());
 
 // ---- keyboard: g then a letter goes to a page; / focuses the page's own search; ? shows them all ------------------
-let pendingGo = 0;
+let pendingGo = -Infinity;
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;
   if (performance.now() - pendingGo < 1500) {
-    pendingGo = 0;
+    pendingGo = -Infinity;
     const link = document.querySelector(`nav a[data-key="${CSS.escape(event.key)}"]`);
     if (link) { event.preventDefault(); link.click(); }
   } else if (event.key === "g") {
