@@ -70,9 +70,11 @@ def places(template: str) -> set[str]:
 
 
 def machine() -> dict[str, str]:
-    """What a reader needs to know about where the numbers were taken."""
+    """What a reader needs to know about where the numbers were taken; a load above the cores makes timings doubtful."""
+    load = {"load": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": str(os.cpu_count() or 0),
         "python": platform.python_version(),
+        **load,
     }
