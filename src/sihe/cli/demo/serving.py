@@ -47,6 +47,7 @@ def serve(walk: Walk) -> Figures:
                 target = early if number % 2 == 0 else final
                 _move(client, target)
                 _wait_for(client, target)
+                load.wait_for_answer_from(target)
                 walk.screen.progress(f"{number + 1}/{MOVES} swaps, {len(load.answers)} answers")
     if load.failures:
         raise InternalError(f"{len(load.failures)} requests failed during the swaps: {load.failures[0]}")
@@ -84,6 +85,11 @@ class _Answer:
     ttft_s: float = 0.0
     seconds: float = 0.0
 
+    @property
+    def version(self) -> int | None:
+        """The model version that it names; `None` when it names none, or two."""
+        return int(next(iter(self.versions)).rpartition("@")[2]) if len(self.versions) == 1 else None
+
 
 class _Load:
     """Streams that ask again and again until the block ends."""
@@ -108,6 +114,14 @@ class _Load:
             thread.join()
         seconds = time.perf_counter() - self._started_s
         self.tokens_per_s = sum(answer.tokens for answer in self.answers) / seconds
+
+    def wait_for_answer_from(self, version: int) -> None:
+        """Until one more answer has come from `version`, so that every swap is seen by a caller."""
+        known, deadline = len(self.answers), time.monotonic() + 60
+        while not any(answer.version == version for answer in self.answers[known:]):
+            if self.failures or time.monotonic() > deadline:
+                raise InternalError(f"no answer from version {version} after its swap: {self.failures or 'time-out'}")
+            time.sleep(0.02)
 
     def _ask(self) -> None:
         with _client(self._url) as client:
