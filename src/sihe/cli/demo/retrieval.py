@@ -11,9 +11,9 @@ from sihe.core.errors import InternalError
 
 INDEX = "handbook"
 QUESTIONS = (
-    "Why does ring all-reduce cost the same bandwidth whatever the number of GPUs?",
-    "KV cache 为什么会占用大量显存?",
-    "What does a point-in-time join prevent?",
+    "How often should a checkpoint be written?",
+    "为什么环形 AllReduce 的通信量与 worker 数无关？",
+    "What is a point-in-time join?",
 )
 
 

@@ -51,12 +51,10 @@ def serve(walk: Walk) -> Figures:
                 walk.screen.progress(f"{number + 1}/{MOVES} swaps, {len(load.answers)} answers")
     if load.failures:
         raise InternalError(f"{len(load.failures)} requests failed during the swaps: {load.failures[0]}")
-    mixed = sum(len(answer.versions) != 1 for answer in load.answers)
+    mixed = sum(answer.version is None for answer in load.answers)
     if mixed:
         raise InternalError(f"{mixed} answers came from two versions")
-    by_version = dict.fromkeys((early, final), 0)
-    for answer in load.answers:
-        by_version[int(next(iter(answer.versions)).rpartition("@")[2])] += 1
+    by_version = {version: sum(answer.version == version for answer in load.answers) for version in (early, final)}
     walk.screen.detail(
         f"{MOVES} swaps under {STREAMS} streams: {len(load.answers)} answers, none failed, each from one version "
         f"({', '.join(f'version {version}: {count}' for version, count in by_version.items())})"
