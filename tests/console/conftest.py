@@ -17,6 +17,7 @@ from sihe.apps.rag.service import RagService
 from sihe.console.app import create_app
 from sihe.console.server import listen, url_of
 from sihe.core import settings
+from sihe.core.telemetry import configure_logs
 from sihe.core.workspace import Workspace
 from support.debian import wait_until
 from support.tiny_models import tiny_model
@@ -82,6 +83,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     scratch = tmp_path_factory.mktemp("house")
     with open_workspace(scratch / "home") as workspace:
         yield fill(workspace, scratch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> None:
+    """Logs as lines: the default draws every local variable of a traceback."""
+    configure_logs("error", "json")
 
 
 @pytest.fixture(scope="session")

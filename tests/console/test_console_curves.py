@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 
 from hypothesis import given
@@ -87,3 +88,17 @@ def test_lineage_stands_from_left_to_right_and_survives_a_circle() -> None:
 
 def test_lineage_escapes_names() -> None:
     assert "<script>" not in draw_lineage([("run:<script>", "files:a")], "files:a", str, "<script>")
+
+
+def test_a_line_that_passes_a_layer_gets_a_place_of_its_own() -> None:
+    edges = [("run:r", "dataset:d"), ("dataset:d", "table:t"), ("run:r", "files:f")]
+    drawn = draw_lineage(edges, "run:r", str, "lineage", names={"run:r": "a name"})
+    assert ">a name<" in drawn
+    boxes = [float(top) for top in re.findall(r'<rect x="[0-9.]+" y="([0-9.]+)"', drawn)]
+    middles = {top + 23 for top in boxes}
+    long = next(path for path in re.findall(r'<path d="([^"]+)"', drawn) if path.count("C") == 2)
+    crossing = float(long.split("L")[1].split("C")[0].split()[1])
+    dataset = drawn.index(">dataset<")
+    box = float(re.findall(r'<rect x="[0-9.]+" y="([0-9.]+)"', drawn[:dataset])[-1])
+    assert crossing != box + 23
+    assert len(middles) >= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sihe.console.prose import inline, render
+from sihe.console.prose import inline, render, render_marked
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,21 @@ def test_citations_become_links_to_their_source() -> None:
     html = render("As measured [zero-paper], not [other].", references={"zero-paper": "#source-zero-paper"})
     assert '<a href="#source-zero-paper">zero-paper</a>' in html
     assert "[other]" in html
+
+
+DOCUMENT = "# Title\n\nOne *two* three. Four `five` six.\n\n- [a link](/x) seven\n"
+
+
+@pytest.mark.parametrize("words", ["One *two* three.", "Four `five` six.", "seven", "[a link](/x) seven"])
+def test_a_citation_is_marked_in_the_rendered_text(words: str) -> None:
+    start = DOCUMENT.index(words)
+    html = render_marked(DOCUMENT, start, start + len(words))
+    assert html is not None
+    assert html.count("<mark") == html.count("</mark>") == 1
+    assert "Title</h2>" in html
+
+
+@pytest.mark.parametrize("words", ["# Title", "two* three", "six.\n\n- ", "", "a link](/x) sev", "- [a"])
+def test_what_cannot_be_marked_is_left_to_the_plain_text(words: str) -> None:
+    start = DOCUMENT.index(words)
+    assert render_marked(DOCUMENT, start, start + len(words)) is None

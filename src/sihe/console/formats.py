@@ -14,7 +14,7 @@ _UNITS: dict[Language, tuple[tuple[str, str], ...]] = {
 
 
 def number(value: float | int | str | None) -> str:
-    """About four significant digits, thousands set apart by a thin space; text passes through."""
+    """About four significant digits, thousands set apart by a narrow space; text passes through."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -33,7 +33,8 @@ def number(value: float | int | str | None) -> str:
         shown = f"{value:,.0f}"
     else:
         shown = f"{value:,.{max(0, 3 - math.floor(math.log10(magnitude)))}f}"
-    return shown.replace(",", "\u2009").replace("-", "−")
+        shown = shown.rstrip("0").rstrip(".") if "." in shown else shown
+    return shown.replace(",", "\u202f").replace("-", "−")
 
 
 def size(size_bytes: float) -> str:

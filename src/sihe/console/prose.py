@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private characters: no document means anything by them
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -40,6 +43,32 @@ def render(text: str, *, top_level: int = 2, references: Mapping[str, str] | Non
             token.attrSet("scope", "col")
         token.attrs.pop("style", None)  # column alignment arrives as an inline style, which the page's policy forbids
     return Markup(parser.renderer.render(tokens, parser.options, {}))
+
+
+def render_marked(text: str, start: int, end: int) -> Markup | None:
+    """`text` as HTML with the characters from `start` to `end` in `<mark id="cited">`.
+
+    None where no such HTML exists: the span crosses paragraphs, begins with a block's own sign, or cuts a link in two.
+    """
+    cited = text[start:end]
+    if not cited.strip() or "\n" in cited or _OPEN in text or _CLOSE in text:
+        return None
+    html = str(render(f"{text[:start]}{_OPEN}{cited}{_CLOSE}{text[end:]}", top_level=2))
+    if (
+        html.count(_OPEN) != 1
+        or html.count(_CLOSE) != 1
+        or str(render(text)) != html.replace(_OPEN, "").replace(_CLOSE, "")
+    ):
+        return None
+    inside = html[html.index(_OPEN) : html.index(_CLOSE)]
+    depth = 0
+    for closing in re.findall(r"<(/?)\w", inside):
+        depth += -1 if closing else 1
+        if depth < 0:
+            return None
+    if depth:
+        return None
+    return Markup(html.replace(_OPEN, '<mark id="cited" tabindex="-1">').replace(_CLOSE, "</mark>"))
 
 
 def inline(text: str) -> Markup:

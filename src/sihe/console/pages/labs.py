@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
-from sihe.apps.coach.labs.types import LabResult, Series
+from sihe.apps.coach.labs.types import LabResult, Series, quantity
 from sihe.console.context import Console
 from sihe.console.jobs import Job, Jobs
 from sihe.console.language import Language
@@ -42,6 +42,7 @@ def router(console: Console) -> APIRouter:
             request,
             "lab.html",
             lab=lab,
+            quantity=quantity,
             job=current,
             result=result,
             charts=charts(result.series, language) if result else [],

@@ -73,7 +73,11 @@ def router(console: Console) -> APIRouter:
         run = tracking.run(run_id)
         key = f"run:{run.id}"
         edges = tracking.ancestors(key) + tracking.descendants(key)
-        lineage = draw_lineage(edges, key, lambda kind: _kind(t, kind), t("run.lineage")) if edges else ""
+        lineage = (
+            draw_lineage(edges, key, lambda kind: _kind(t, kind), t("run.lineage"), names={key: run.name})
+            if edges
+            else ""
+        )
         curves = [name for name in in_order(run.metrics) if _is_curve(tracking.history(run_id, name))]
         return console.views.page(
             request,

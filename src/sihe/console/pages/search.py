@@ -15,6 +15,7 @@ from sihe.apps.coach.map import CONTENT
 from sihe.apps.rag.types import Answer, IndexReport
 from sihe.console.context import Console
 from sihe.console.jobs import Job, Jobs
+from sihe.console.prose import render_marked
 from sihe.console.stream import Event, event_stream, pause
 from sihe.core.errors import InvalidInput
 
@@ -78,6 +79,7 @@ def router(console: Console) -> APIRouter:
             document=found,
             start=start,
             end=end,
+            rendered=render_marked(found.text, start, end) if found.name.endswith(".md") else None,
             before=found.text[:start],
             cited=found.text[start:end],
             after=found.text[end:],

@@ -15,7 +15,7 @@ function colour(name) {
 const SERIES = ["--accent", "--area-c", "--warn", "--area-b", "--bad", "--area-a"];
 const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
 const compact = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, notation: "compact" });
-const figure = (value) => (value == null ? "–" : Math.abs(value) > 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : Math.abs(value) < 1e5 ? plain.format(value).replaceAll(",", "\u2009") : compact.format(value));
+const figure = (value) => (value == null ? "–" : Math.abs(value) > 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : Math.abs(value) < 1e5 ? plain.format(value).replaceAll(",", "\u202f") : compact.format(value));
 
 // Draws `data` ([[x…], [y…], …]) into `box`; redraws on a new width and on a new theme.
 function curve(box, { labels, xLabel, log = false, logX = false, yLabel = "", dots = false, marks = () => [] }) {
@@ -26,8 +26,8 @@ function curve(box, { labels, xLabel, log = false, logX = false, yLabel = "", do
     plot?.destroy();
     const options = {
       width: box.clientWidth, height: 190, cursor: { points: { size: 7 }, sync: box.dataset.sync ? { key: box.dataset.sync } : undefined },
-      scales: { x: { time: false, distr: logX ? 3 : 1 }, y: { distr: log ? 3 : 1 } },
-      axes: [{ ...axis(), values: (_, ticks) => ticks.map(figure) }, { ...axis(), size: 56, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
+      scales: { x: { time: false, distr: logX ? 3 : 1, ...(logX && { range: (_, low, high) => [low / 1.15, high * 1.15] }) }, y: { distr: log ? 3 : 1 } },
+      axes: [{ ...axis(), values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }, { ...axis(), size: 56, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
       series: [
         { label: xLabel, value: (_, value) => figure(value) },
         ...labels.map((label, index) => ({ label, stroke: colour(SERIES[index % SERIES.length]), width: 1.75, spanGaps: true, points: { show: dots }, value: (_, value) => figure(value) })),
