@@ -6,21 +6,29 @@ import sys
 from pathlib import Path
 
 from sihe.cluster.launchers.rank import supervised
+from sihe.core.allocator import keep_freed_memory
 
 
 def main() -> None:
     """Joins the other ranks and trains."""
-    import torch  # after `supervised` made sure that this process dies with its launcher
-
+    # Heavy imports come after `supervised` made sure that this process dies with its launcher.
     from sihe.training import layout
     from sihe.training.loop import TrainLoop
     from sihe.training.plan import TrainPlan
     from sihe.training.ranks import joined
 
     folder = Path(sys.argv[1])
-    torch.set_flush_denormal(True)  # moments of weights that are not used decay into denormals, which are slow
+    prepare_process()
     with joined(TrainPlan.read(folder / layout.PLAN).config.collective_timeout_s) as ranks:
         TrainLoop(folder, ranks).run()
+
+
+def prepare_process() -> None:
+    """Settings of a process that does nothing but train."""
+    import torch
+
+    torch.set_flush_denormal(True)  # moments of weights that are not used decay into denormals, which are slow
+    keep_freed_memory()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""Training tokens/s of one process: our step beside a plain `transformers` loop on a model of the same size.
+
+    ours     sihe's TrainStep as a rank runs it: weights in the precision, float32 masters and gradient sums
+    llama    LlamaForCausalLM of the same shape, weight for weight, as its users train it: autocast, fused AdamW
+    gpt2     GPT2LMHeadModel of the same depth, width and vocabulary
+
+13.8 M parameters: 6 layers, width 384, 6 heads, vocabulary 8192, tied; batches of 8 x 256 random tokens; clipping in
+all three. Each figure comes from a process of its own. bfloat16 is measured where the processor multiplies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from benchmarks.harness import alternate, at_least, print_table, report
+
+LAYERS, WIDTH, HEADS, FEED_FORWARD, VOCABULARY = 6, 384, 6, 1024, 8192
+BATCH, LENGTH = 8, 256
+LEARNING_RATE = 1e-4
+GOAL = 1.1
+
+
+def main() -> None:
+    """Measures every contender in turn, or, as a child of itself, one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of one repeat")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contender", choices=sorted(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        print(json.dumps(measure(options.contender, options.precision, options.steps, options.threads)))
+        return
+
+    from sihe.models.config import ModelConfig
+    from sihe.models.precision import native_bf16
+
+    config = ModelConfig(VOCABULARY, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, FEED_FORWARD, LENGTH)
+    claims = []
+    for precision in ("bf16", "fp32"):
+        if precision == "bf16" and not native_bf16():
+            print("bf16 is not measured: this processor has no bfloat16 matrix instructions\n")
+            continue
+
+        def contender(name: str, precision: str = precision) -> Callable[[], float]:
+            arguments = ["--contender", name, "--precision", precision]
+            arguments += ["--steps", str(options.steps), "--threads", str(options.threads)]
+            return lambda: _in_a_process(arguments)
+
+        figures = alternate({name: contender(name) for name in CONTENDERS}, repeats=options.repeats)
+        peak = max(figures.pop("gemm"))
+        print(f"{precision}: {config.num_parameters / 1e6:.1f} M parameters, {options.threads} threads")
+        print_table(figures, unit="tokens/s", baseline="llama")
+        middle = {name: statistics.median(values) for name, values in figures.items()}
+        share = middle["ours"] * config.flops_per_token(LENGTH) / 1e9 / peak
+        print(f"ours spends {share:.0%} of the best matrix product of this run ({peak:.0f} GFLOP/s)\n")
+        claims += [
+            at_least(
+                f"training, {precision}, beside transformers {name}",
+                middle["ours"],
+                middle[name],
+                unit="tokens/s",
+                ratio=GOAL,
+            )
+            for name in ("llama", "gpt2")
+        ]
+    report(__file__, claims)
+
+
+def measure(contender: str, precision: str, steps: int, threads: int) -> float:
+    """Tokens/s (of `gemm`: GFLOP/s) of one contender in this process: the median of `steps` after two warm ones."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    step, work = CONTENDERS[contender](dtype)
+    seconds = []
+    for _ in range(2 + steps):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return work / statistics.median(seconds[2:])
+
+
+def _ours(dtype: object) -> tuple[Callable[[], object], float]:
+    import numpy as np
+    import torch
+
+    from sihe.models.config import ModelConfig
+    from sihe.models.decoder import Decoder
+    from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+    from sihe.training.ranks import Ranks
+    from sihe.training.schedule import CosineSchedule
+    from sihe.training.step import TrainStep
+    from sihe.training.worker import prepare_process
+
+    prepare_process()
+    assert isinstance(dtype, torch.dtype)
+    model = Decoder(ModelConfig(VOCABULARY, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, FEED_FORWARD, LENGTH)).to(
+        dtype
+    )
+    optimizer = MasterAdamW(model, OptimizerConfig())
+    step = TrainStep(model, optimizer, CosineSchedule(LEARNING_RATE, 0, 1000), Ranks(), micro_batch=BATCH)
+    batch = np.random.default_rng(0).integers(VOCABULARY, size=(BATCH, LENGTH + 1))
+    return lambda: step(0, batch), BATCH * LENGTH
+
+
+def _llama(dtype: object) -> tuple[Callable[[], object], float]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=FEED_FORWARD,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return _plain_loop(LlamaForCausalLM(config), dtype)
+
+
+def _gpt2(dtype: object) -> tuple[Callable[[], object], float]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=LENGTH,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,  # ours has no dropout: the peer is spared the work as well
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    return _plain_loop(GPT2LMHeadModel(config), dtype)
+
+
+def _plain_loop(model: object, dtype: object) -> tuple[Callable[[], object], float]:
+    import torch
+
+    assert isinstance(model, torch.nn.Module)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, BATCH * LENGTH
+
+
+def _gemm(dtype: object) -> tuple[Callable[[], object], float]:
+    import torch
+
+    assert isinstance(dtype, torch.dtype)
+    size = 2048
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return lambda: a @ b, 2 * size**3 / 1e9
+
+
+def _in_a_process(arguments: list[str]) -> float:
+    command = [sys.executable, "-m", "benchmarks.training.tokens_per_second", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+CONTENDERS = {"ours": _ours, "llama": _llama, "gpt2": _gpt2, "gemm": _gemm}
+
+
+if __name__ == "__main__":
+    main()
