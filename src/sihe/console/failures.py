@@ -78,7 +78,8 @@ def failure(
 ) -> Response:
     """An error in the form that the client of this path reads."""
     if request.url.path.startswith("/v1/"):
-        body = {"error": {"message": message or "not found", "type": kind, "param": None, "code": None}}
+        code = "invalid_api_key" if status == 401 else None  # as OpenAI's clients expect it
+        body = {"error": {"message": message or "not found", "type": kind, "param": None, "code": code}}
         return JSONResponse(body, status_code=status, headers=headers)
     if "text/html" in request.headers.get("accept", "") or "hx-request" in request.headers:
         title = f"failure.{status}" if status in _TITLED else "failure.other" if status < 500 else "failure.500"
