@@ -38,6 +38,11 @@ def test_no_sentence_is_empty_and_chinese_is_chinese() -> None:
     assert same <= {"about.python", "playground.placeholder"}, "these sentences are not translated"
 
 
+def test_words_that_yaml_takes_for_truth_values_stay_words() -> None:
+    assert translate("en", "verdict.off") == "Off"
+    assert not {"True", "False", "None"} & set(catalogue("en").values())
+
+
 def used_keys() -> set[str]:
     found: set[str] = set()
     for file in [*CONSOLE.rglob("*.html"), *CONSOLE.rglob("*.py")]:

@@ -46,7 +46,8 @@ def translate(language: Language, key: str, /, **values: object) -> str:
 def catalogue(language: Language) -> Mapping[str, str]:
     """Every sentence of a language under its dotted key."""
     text = (Path(__file__).parent / "i18n" / f"{language}.yaml").read_text(encoding="utf-8")
-    return dict(_flat(yaml.safe_load(text)))
+    # BaseLoader: everything is text. Otherwise YAML would take Off, yes and no for truth values.
+    return dict(_flat(yaml.load(text, Loader=yaml.BaseLoader)))
 
 
 def _flat(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ function curve(box, { labels, xLabel, log = false, logX = false, yLabel = "", do
     plot?.destroy();
     const options = {
       width: box.clientWidth, height: 190, cursor: { points: { size: 7 }, sync: box.dataset.sync ? { key: box.dataset.sync } : undefined },
-      scales: { x: { time: false, distr: logX ? 3 : 1, ...(logX && { range: (_, low, high) => [low / 1.15, high * 1.15] }) }, y: { distr: log ? 3 : 1 } },
+      scales: { x: { time: false, distr: logX ? 3 : 1, ...(logX && { range: (_, low, high) => uPlot.rangeLog(low, high, 10, false) }) }, y: { distr: log ? 3 : 1 } },
       axes: [{ ...axis(), values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }, { ...axis(), size: 56, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
       series: [
         { label: xLabel, value: (_, value) => figure(value) },
