@@ -31,7 +31,8 @@ records.migrate()
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
     with records.transaction() as connection:
-        connection.execute(lineage.insert().values(child=f"{sys.argv[2]}:{i}", parent="p", created_at=datetime.now(UTC)))
+        edge = lineage.insert().values(child=f"{sys.argv[2]}:{i}", parent="p", created_at=datetime.now(UTC))
+        connection.execute(edge)
     print(i, flush=True)
 """
 
