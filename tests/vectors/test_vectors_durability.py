@@ -36,7 +36,9 @@ for n in range(int(sys.argv[2]), 10**9):
 
 
 def start(code: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_every_acknowledged_write_survives_kill_9(tmp_path: Path) -> None:
@@ -55,7 +57,9 @@ def test_every_acknowledged_write_survives_kill_9(tmp_path: Path) -> None:
                 lines.append(line)
                 if len(lines) == stop_after:
                     process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+            assert process.stderr is not None
+            complaints = process.stderr.read()
+        assert process.returncode == -signal.SIGKILL, complaints
         for line in lines:
             verb, number = line.split()
             n = int(number)

@@ -106,14 +106,18 @@ class LogWriter:
     def __init__(self, path: Path, end: int, sequence: int) -> None:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if end == 0:
-            _sync_folder(path.parent)  # the name of a new log must be as durable as its content
         self.end = end
         self.sequence = sequence
         self.is_broken = False
-        if os.fstat(self._file).st_size != end:
-            os.ftruncate(self._file, end)
-            os.fsync(self._file)
+        try:
+            if os.fstat(self._file).st_size != end:
+                os.ftruncate(self._file, end)
+                os.fsync(self._file)
+            if end == 0:
+                _sync_folder(path.parent)  # the name of a new log must be as durable as its content
+        except OSError:
+            os.close(self._file)
+            raise
 
     def append(self, body: bytes) -> None:
         """Makes `body` durable as the next frame. Raises `NoSpace`; then nothing of it is left."""

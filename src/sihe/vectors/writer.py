@@ -118,12 +118,12 @@ class Writer:
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Removes segments and logs that the manifest does not name. Readers that have them mapped keep them."""
+        """Removes what the manifest does not name, half-written files included. Readers keep what they have mapped."""
         manifest = self._state.manifest
         named = {*manifest.segments, manifest.log}
         for entry in self._state.folder.iterdir():
             name = entry.name.lstrip(".")
-            if not name.startswith(("segment-", "log-")) or entry.name in named:
+            if not name.startswith(("segment-", "log-", "manifest.json.")) or entry.name in named:
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
