@@ -98,7 +98,6 @@ def test_times_come_back_in_utc_and_naive_ones_are_refused(database_url: str) ->
 
 def test_migrations_build_what_the_rooms_declare(database_url: str) -> None:
     import sihe.apps.coach.tables
-
     import sihe.serving.tables  # noqa: F401 - the imports register the rooms' tables
 
     records = Records(database_url)
@@ -120,7 +119,6 @@ def test_migrations_build_what_the_rooms_declare(database_url: str) -> None:
 
 def test_every_table_of_ours_is_prefixed() -> None:
     import sihe.apps.coach.tables
-
     import sihe.serving.tables  # noqa: F401
 
     assert [name for name in metadata.tables if not name.startswith("sihe_")] == []
