@@ -22,7 +22,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchEr
 from deltalake.fs import DeltaStorageHandler
 
 from sihe.core.errors import Busy, CorruptData, InternalError, InvalidInput, NotFound, SiheError, Unreachable
-from sihe.core.files import disk_errors
+from sihe.core.files import disk_errors, exclusive
 from sihe.core.ids import new_id
 from sihe.data.errors import SchemaMismatch
 from sihe.data.lake.types import Commit
@@ -68,9 +68,10 @@ class LakeTable:
 
         def attempt() -> int:
             table = self._open_or_none()
-            if table is not None and key is not None and table.transaction_version(key) is not None:
-                return self._version_with(key, table.version())
-            return self._write(table, rows, key)
+            if table is None:
+                with self._creating():
+                    return self._write_once(self._open_or_none(), rows, key)
+            return self._write_once(table, rows, key)
 
         return self._retry(attempt)
 
@@ -138,6 +139,24 @@ class LakeTable:
             hint = f"table {self.name!r} has the versions {oldest} to {newest.version()}"
             raise NotFound("version", str(version), hint=hint)
         return self._open(version)
+
+    @contextmanager
+    def _creating(self) -> Iterator[None]:
+        """One process at a time creates the table: of two, delta-rs may commit both, also when they have one key.
+
+        That holds on a local disk. On an object store the first append of a table is the caller's to make once.
+        """
+        if "://" in self.url:
+            yield
+            return
+        folder = Path(self.url)
+        with exclusive(folder.parent / f".{folder.name}.lock"):
+            yield
+
+    def _write_once(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
+        if table is not None and key is not None and table.transaction_version(key) is not None:
+            return self._version_with(key, table.version())
+        return self._write(table, rows, key)
 
     def _write(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
         append_id = new_id("append")
