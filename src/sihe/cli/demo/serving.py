@@ -118,7 +118,8 @@ class _Load:
         known, deadline = len(self.answers), time.monotonic() + 60
         while not any(answer.version == version for answer in self.answers[known:]):
             if self.failures or time.monotonic() > deadline:
-                raise InternalError(f"no answer from version {version} after its swap: {self.failures or 'time-out'}")
+                reason = self.failures[0] if self.failures else "a time-out"
+                raise Unreachable(self._url, f"no answer from version {version} after its swap: {reason}")
             time.sleep(0.02)
 
     def _ask(self) -> None:
