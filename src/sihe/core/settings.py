@@ -12,7 +12,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -212,6 +212,3 @@ def _without_password(url: str | None) -> str | None:
     scheme, _, rest = url.partition("://")
     credentials, _, host = rest.rpartition("@")
     return f"{scheme}://{credentials.partition(':')[0]}:***@{host}"
-
-
-LOCALES: tuple[str, ...] = get_args(Settings.model_fields["locale"].annotation)

@@ -13,6 +13,7 @@ from sihe.core.errors import CorruptData, NotFound
 from sihe.models.checkpoint import load_model
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.models.precision import native_bf16
 from sihe.serving.engine.attention import DecodeRow, PrefillRow, StepAttention
 from sihe.serving.engine.config import DType, EngineConfig
 from sihe.serving.engine.kv_cache import KvCache, bytes_per_slot, slots_within
@@ -49,7 +50,9 @@ class ModelRunner:
     def load(cls, folder: Path, config: EngineConfig) -> ModelRunner:
         """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading."""
         model_config, stored = _read_config(folder)
-        dtype = _DTYPES[_supported(stored) if config.dtype == "auto" else config.dtype]
+        if config.dtype == "auto" and stored == "bfloat16" and not native_bf16():
+            stored = "float32"  # emulated bf16 is many times slower
+        dtype = _DTYPES[stored if config.dtype == "auto" else config.dtype]
         capacity = min(config.max_context or model_config.max_positions, model_config.max_positions)
         available = available_bytes()
         weights = model_config.num_parameters * dtype.itemsize
@@ -105,16 +108,6 @@ class ModelRunner:
             sampled = sample(logits_BV, [item.draw for item in drawing if item.draw is not None])
         by_slot = {item.slot: chosen for item, chosen in zip(drawing, sampled, strict=True)}
         return [by_slot.get(item.slot) for item in work]
-
-
-def _supported(stored: DType) -> DType:
-    """The stored dtype, or float32 where the processor has no fast bfloat16.
-
-    Without AVX-512 (x86) or BF16 (Arm) PyTorch multiplies bfloat16 in plain loops, several times slower than float32.
-    """
-    if stored == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "float32"
-    return stored
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, DType]:
