@@ -123,7 +123,7 @@ def _attention_slots(prefix: str, attention: Attention) -> Iterator[_Slot]:
 
 
 def _mlp_slots(prefix: str, mlp: GatedMLP) -> Iterator[_Slot]:
-    gate, up = mlp.gate_up.weight.chunk(2)
+    gate, up = mlp.gate_up.weight
     yield _whole(f"{prefix}.gate_proj.weight", gate)
     yield _whole(f"{prefix}.up_proj.weight", up)
     yield _whole(f"{prefix}.down_proj.weight", mlp.down.weight)
