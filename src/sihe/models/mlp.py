@@ -12,7 +12,7 @@ from sihe.models.config import ModelConfig
 
 
 class GateUp(nn.Module):
-    """The matrices of gate and up, [2, intermediate, hidden]: one product, and a cut through dim 1 halves both alike."""
+    """Gate and up as one tensor, [2, intermediate, hidden]: one product, and a cut through dim 1 halves both alike."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
