@@ -105,6 +105,7 @@ def _ours(dtype: object) -> tuple[Callable[[], object], float]:
     from sihe.models.config import ModelConfig
     from sihe.models.decoder import Decoder
     from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+    from sihe.training.parallel.apply import ParallelModel
     from sihe.training.ranks import Ranks
     from sihe.training.schedule import CosineSchedule
     from sihe.training.step import TrainStep
@@ -112,10 +113,9 @@ def _ours(dtype: object) -> tuple[Callable[[], object], float]:
 
     prepare_process()
     assert isinstance(dtype, torch.dtype)
-    model = Decoder(ModelConfig(VOCABULARY, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, FEED_FORWARD, LENGTH)).to(
-        dtype
-    )
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    shape = ModelConfig(VOCABULARY, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, FEED_FORWARD, LENGTH)
+    model = ParallelModel(Decoder(shape), dtype=dtype)
+    optimizer = MasterAdamW(model.held, OptimizerConfig())
     step = TrainStep(model, optimizer, CosineSchedule(LEARNING_RATE, 0, 1000), Ranks(), micro_batch=BATCH)
     batch = np.random.default_rng(0).integers(VOCABULARY, size=(BATCH, LENGTH + 1))
     return lambda: step(0, batch), BATCH * LENGTH

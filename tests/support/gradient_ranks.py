@@ -12,6 +12,9 @@ from sihe.cluster.launchers.rank import supervised
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.training.optimizer import MasterAdamW
+from sihe.training.parallel.apply import ParallelModel
+from sihe.training.parallel.mesh import ParallelMesh
+from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.ranks import Ranks, joined
 from sihe.training.schedule import CosineSchedule
 from sihe.training.step import TrainStep
@@ -39,9 +42,11 @@ def global_batch(*, ragged: bool) -> np.ndarray:
 
 def step_for(dtype: torch.dtype, ranks: Ranks, micro_batch: int) -> tuple[Decoder, TrainStep]:
     torch.manual_seed(3)
-    model = Decoder(CONFIG).to(dtype)
+    mesh = ParallelMesh(ParallelPlan(dp=ranks.world_size)) if ranks.world_size > 1 else None
+    model = ParallelModel(Decoder(CONFIG), mesh, dtype=dtype)
     schedule = CosineSchedule(peak_lr=1e-3, warmup_steps=1, total_steps=10)
-    return model, TrainStep(model, MasterAdamW(model), schedule, ranks, micro_batch=micro_batch)
+    optimizer = MasterAdamW(model.held, mesh=mesh)
+    return model.model, TrainStep(model, optimizer, schedule, ranks, micro_batch=micro_batch)
 
 
 def main() -> None:

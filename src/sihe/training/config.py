@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 
 from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
+from sihe.training.parallel.plan import ParallelPlan
 
 Precision = Literal["auto", "bf16", "fp32"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
 _FREE = {
-    *("world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
+    *("parallel", "world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "model_name", "alias", "dataset"),
 }
 
@@ -92,7 +93,9 @@ class TrainConfig:
     "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
     seed: int = 0
     world_size: int = 1
-    """Data-parallel ranks."""
+    """Data-parallel ranks, where `parallel` is left out."""
+    parallel: ParallelPlan | None = None
+    """How the model and the batch are spread over ranks."""
     threads_per_rank: int | None = None
     """By default the processors of this machine, shared out."""
     checkpoint_every: int = 100
@@ -127,10 +130,13 @@ class TrainConfig:
         threads = self.threads_per_rank
         _check("threads_per_rank", threads is None or threads >= 1, "at least 1", threads)
         _check(
-            "global_batch",
-            self.global_batch % (self.micro_batch * self.world_size) == 0,
-            f"a multiple of micro_batch x world_size ({self.micro_batch} x {self.world_size})",
-            self.global_batch,
+            "world_size",
+            self.world_size == 1 or self.parallel is None,
+            "left out where 'parallel' says how many ranks there are",
+            self.world_size,
+        )
+        self.plan.check_batch(
+            global_batch=self.global_batch, micro_batch=self.micro_batch, sequence_length=self.sequence_length
         )
         try:
             check_name("model", self.model_name)
@@ -139,9 +145,14 @@ class TrainConfig:
             raise ConfigError(f"training setting 'model_name' or 'alias': {error}", key="model_name") from error
 
     @property
+    def plan(self) -> ParallelPlan:
+        """How the run is spread over ranks."""
+        return self.parallel or ParallelPlan(dp=self.world_size)
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches that each rank adds up in one step."""
-        return self.global_batch // (self.micro_batch * self.world_size)
+        return self.global_batch // (self.micro_batch * self.plan.batch_ranks)
 
     @property
     def tokens_per_step(self) -> int:
@@ -173,8 +184,9 @@ class TrainConfig:
         from pydantic import TypeAdapter, ValidationError
 
         _refuse_unknown(values, cls, "")
-        if isinstance(model := values.get("model"), Mapping):
-            _refuse_unknown(model, ModelShape, "model.")
+        for name, part in (("model", ModelShape), ("parallel", ParallelPlan)):
+            if isinstance(inner := values.get(name), Mapping):
+                _refuse_unknown(inner, part, f"{name}.")
         try:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
@@ -197,7 +209,9 @@ def _check(key: str, holds: bool, expected: str, value: object) -> None:
         raise ConfigError(f"training setting {key!r} must be {expected}, got {value!r}", key=key)
 
 
-def _refuse_unknown(values: Mapping[str, Any], kind: type[TrainConfig] | type[ModelShape], prefix: str) -> None:
+def _refuse_unknown(
+    values: Mapping[str, Any], kind: type[TrainConfig] | type[ModelShape] | type[ParallelPlan], prefix: str
+) -> None:
     known = [prefix + field.name for field in fields(kind)]
     for key in (f"{prefix}{key}" for key in values):
         if key not in known:

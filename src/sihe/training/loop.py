@@ -17,6 +17,8 @@ from sihe.training.checkpoint import Checkpoint, Checkpoints
 from sihe.training.errors import Diverged
 from sihe.training.export import DTYPES, export_model
 from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+from sihe.training.parallel.apply import ParallelModel
+from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.plan import TrainPlan
 from sihe.training.progress import EventWriter
 from sihe.training.ranks import Ranks
@@ -37,10 +39,13 @@ class TrainLoop:
         self._events = EventWriter(folder / layout.EVENTS) if ranks.is_first else None
         self._checkpoints = Checkpoints(folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints)
         torch.manual_seed(config.seed)  # every rank draws the same first weights
-        self.model = Decoder(self.plan.model).to(DTYPES[config.precision])
+        self.model = Decoder(self.plan.model)
+        mesh = ParallelMesh(config.plan, timeout_s=config.collective_timeout_s) if ranks.world_size > 1 else None
+        self._parallel = ParallelModel(self.model, mesh, dtype=DTYPES[config.precision])
         self._optimizer = MasterAdamW(
-            self.model,
+            self._parallel.held,
             OptimizerConfig(betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm),
+            mesh=mesh,
         )
         schedule = CosineSchedule(
             peak_lr=config.peak_lr,
@@ -48,7 +53,7 @@ class TrainLoop:
             total_steps=config.max_steps,
             min_ratio=config.min_lr_ratio,
         )
-        self._step = TrainStep(self.model, self._optimizer, schedule, ranks, micro_batch=config.micro_batch)
+        self._step = TrainStep(self._parallel, self._optimizer, schedule, ranks, micro_batch=config.micro_batch)
 
     def run(self) -> None:
         """Trains to the last step and exports the model."""
@@ -60,8 +65,8 @@ class TrainLoop:
             sequence_length=config.sequence_length,
             global_batch=config.global_batch,
             seed=config.seed,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
+            rank=self._parallel.batch_rank,
+            world_size=config.plan.batch_ranks,
             start_sample=checkpoint.next_sample if checkpoint else 0,
         )
         done = checkpoint.step if checkpoint else 0

@@ -48,7 +48,7 @@ class TrainPlan:
     @property
     def threads_per_rank(self) -> int:
         """Threads of one rank."""
-        return self.config.threads_per_rank or max(1, _processors() // self.config.world_size)
+        return self.config.threads_per_rank or max(1, _processors() // self.config.plan.world_size)
 
     def check_space(self, folder: Path) -> None:
         """Raises `NoSpace` when the checkpoints that the run keeps, and the one being written, would not fit."""
@@ -105,7 +105,7 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         sequence_length=config.sequence_length,
         global_batch=config.global_batch,
         seed=config.seed,
-        world_size=config.world_size,
+        world_size=config.plan.batch_ranks,
     )
     sizes = config.model.resolved(config.sequence_length)
     if sizes["max_positions"] < config.sequence_length:
@@ -120,6 +120,13 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         bos_token_id=_bos_token_id(folder),
         eos_token_id=manifest.eos_token_id,
         **sizes,
+    )
+    config.plan.check_model(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        intermediate_size=model.intermediate_size,
+        num_experts=getattr(model, "num_experts", 0),
     )
     identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
     return TrainPlan(config, folder, manifest.key, model, identity)

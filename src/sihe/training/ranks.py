@@ -34,7 +34,7 @@ class Ranks:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replaces `tensor` by its sum over all ranks; the same bits on each of them. Raises `PeerSilent`."""
         if self.world_size > 1:
-            with self._errors():
+            with self.errors():
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -43,12 +43,13 @@ class Ranks:
         if self.world_size == 1:
             return value
         shared = torch.tensor([value])
-        with self._errors():
+        with self.errors():
             dist.broadcast(shared, src=0, group=self.group)
         return int(shared.item())
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Around collectives: one that waited too long for a peer raises `PeerSilent`."""
         try:
             yield
         except RuntimeError as error:

@@ -161,7 +161,7 @@ class TrainingService:
             name=run_id,
             module="sihe.training.worker",
             args=(str(folder),),
-            world_size=config.world_size,
+            world_size=config.plan.world_size,
             log_dir=folder / layout.LOGS,
             threads_per_rank=plan.threads_per_rank,
         )

@@ -1,7 +1,7 @@
-"""One optimizer step over a global batch: micro-batches, gradient accumulation, data parallelism.
+"""One optimizer step over a global batch: micro-batches, gradient accumulation, the update.
 
-The loss is the mean over the target tokens of the *global* batch, whatever the number of ranks and micro-batches, and
-however the targets that are left out (-1) are spread over them.
+The loss is the mean over the target tokens of the *global* batch, whatever the plan of parallelism and the number of
+micro-batches, and however the targets that are left out (-1) are spread over them.
 
 Shapes: B samples of this rank, T positions.
 """
@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sihe.training.gradients import GradientBuffer
-
 if TYPE_CHECKING:
-    from sihe.models.decoder import Decoder
+    from sihe.training.parallel.apply import ParallelModel
     from sihe.training.ports import Optimizer, Schedule
     from sihe.training.ranks import Ranks
 
@@ -41,20 +39,21 @@ class TrainStep:
     """Forward, backward, sum over ranks, update. The optimizer must not replace the parameters' `.grad`."""
 
     def __init__(
-        self, model: Decoder, optimizer: Optimizer, schedule: Schedule, ranks: Ranks, *, micro_batch: int
+        self, model: ParallelModel, optimizer: Optimizer, schedule: Schedule, ranks: Ranks, *, micro_batch: int
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._schedule = schedule
         self._ranks = ranks
-        self._micro_batch = micro_batch
-        self.gradients = GradientBuffer(model.parameters())
+        self._samples_at_once = micro_batch * model.plan.microbatches
 
     def __call__(self, step: int, batch: np.ndarray) -> StepOutcome:
         """Trains on this rank's `batch` (int64 [B, T + 1]: inputs, and shifted by one their targets) as step `step`."""
         loss, tokens, samples = self.accumulate(batch)
         lr = self._schedule.at(step)
-        return StepOutcome(loss, lr, self._optimizer.step(lr), tokens, samples)
+        with self._ranks.errors():
+            norm = self._optimizer.step(lr)
+        return StepOutcome(loss, lr, norm, tokens, samples)
 
     def accumulate(self, batch: np.ndarray) -> tuple[float, int, str]:
         """Leaves the gradients of the global batch in `.grad`; its loss, target tokens and sample digest.
@@ -62,21 +61,20 @@ class TrainStep:
         A token of -1 is no target, and read as token 0 where it is an input (padding at the end of a sample).
         """
         tokens_BT1 = torch.from_numpy(batch)
-        digest = samples_digest(batch, first=self._ranks.rank * len(batch))
+        digest = samples_digest(batch, first=self._model.batch_rank * len(batch))
         targets = int((tokens_BT1[:, 1:] >= 0).sum())
-        counts = self._ranks.sum_(torch.tensor([targets, digest]))
+        counts = self._ranks.sum_(torch.tensor([targets, digest] if self._model.speaks else [0, 0]))
         total = max(int(counts[0]), 1)
         # Only a power of two is exact in bfloat16, the format of the backward pass; the rest is applied in float32.
         scale = 2.0 ** -math.ceil(math.log2(total))
-        self.gradients.zero_()
         loss = torch.zeros((), dtype=torch.float64)
-        for micro_BT1 in torch.split(tokens_BT1, self._micro_batch):
-            sum_nll, _ = self._model.loss(micro_BT1[:, :-1].clamp(min=0), micro_BT1[:, 1:])
-            (sum_nll * scale).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-            loss += sum_nll.detach()
-        self._ranks.sum_(self.gradients.flat)
-        if scale * total != 1:
-            self.gradients.flat.mul_(1 / (scale * total))
+        with self._ranks.errors():
+            self._model.zero_grad()
+            passes = torch.split(tokens_BT1, self._samples_at_once)
+            for number, micro_BT1 in enumerate(passes, start=1):
+                inputs, targets_BT = micro_BT1[:, :-1].clamp(min=0), micro_BT1[:, 1:]
+                loss += self._model.backward(inputs, targets_BT, scale, is_last=number == len(passes))
+            self._model.finish_gradients(1 / (scale * total))
         return float(self._ranks.sum_(loss)) / total, total, f"{int(counts[1]) % (1 << _DIGEST_BITS):012x}"
 
 

@@ -70,7 +70,9 @@ class ParallelMesh:
         )
         meshes = [init_device_mesh(device_type, (*sizes.values(),), mesh_dim_names=(*sizes,)) for sizes in grids]
         self.axes, self.states, self.experts = meshes[:3]
-        self._by_name = {name: Axis(name, mesh[name]) for mesh in reversed(meshes) for name in mesh.mesh_dim_names or ()}
+        self._by_name = {
+            name: Axis(name, mesh[name]) for mesh in reversed(meshes) for name in mesh.mesh_dim_names or ()
+        }
         if timeout_s is not None:
             for axis in self._by_name.values():
                 axis.group.set_timeout(timedelta(seconds=timeout_s))

@@ -10,9 +10,8 @@ Pure: no torch, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 from sihe.core.errors import ConfigError
 
@@ -155,12 +154,12 @@ class ParallelPlan:
     def check_batch(self, *, global_batch: int, micro_batch: int, sequence_length: int) -> None:
         """Raises `ConfigError` for a batch that does not divide: samples a step, samples at once, tokens a sample."""
         share = self.batch_ranks * micro_batch * self.microbatches
-        _check(
-            "global_batch",
-            global_batch % share == 0,
-            f"a multiple of dp x shard x micro_batch x microbatches ({share})",
-            global_batch,
-        )
+        if global_batch % share:
+            raise ConfigError(
+                "training setting 'global_batch' must be a multiple of micro_batch x (dp x shard) x microbatches "
+                f"({micro_batch} x {self.batch_ranks} x {self.microbatches}), got {global_batch!r}",
+                key="global_batch",
+            )
         if self.cp > 1:
             parts = 2 * self.cp
             _check(
@@ -185,17 +184,6 @@ class ParallelPlan:
             _check("shard", ranks % self.shard == 0, f"a divisor of the number of batch ranks ({ranks})", self.shard)
             values |= {"dp": ranks // self.shard}
         return ParallelPlan(**values)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> ParallelPlan:
-        """A plan from plain values, such as YAML gives. Raises `ConfigError` for an unknown key."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(
-                    f"unknown setting 'parallel.{key}': known are {', '.join(known)}", key=f"parallel.{key}"
-                )
-        return cls(**values)
 
     def __str__(self) -> str:
         """The axes larger than 1, as `dp2 x tp2, ZeRO-3`; `1 rank` for none."""

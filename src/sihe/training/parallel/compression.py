@@ -1,0 +1,146 @@
+"""Gradients made smaller on their way between replicas, at the price of their precision.
+
+M, N  rows and columns of one gradient      R  rank of its approximation
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sihe.training.gradients import PlainSum
+
+if TYPE_CHECKING:
+    from sihe.training.gradients import BucketSum, PendingSum
+    from sihe.training.parallel.plan import ParallelPlan
+
+
+def bucket_sum(plan: ParallelPlan, group: dist.ProcessGroup) -> BucketSum:
+    """How `plan` sums gradients over `group`."""
+    match plan.compression:
+        case "none":
+            return PlainSum(group)
+        case "bf16":
+            return HalfSum(group, torch.bfloat16)
+        case "fp16":
+            return HalfSum(group, torch.float16)
+        case "powersgd":
+            return PowerSum(group, plan.powersgd_rank)
+
+
+class HalfSum:
+    """Sends and adds 16 bits a number: half the bytes, 8 (bf16) or 11 (fp16) bits of mantissa."""
+
+    def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self._group = group
+        self._dtype = dtype
+
+    def start(self, bucket: Tensor, parameters: list[nn.Parameter]) -> PendingSum:
+        """Begins the all-reduce of the rounded `bucket`."""
+        scale = self._scale(bucket)
+        small = (bucket * scale).to(self._dtype)
+        work = dist.all_reduce(small, group=self._group, async_op=True)
+        assert work is not None
+        return _Widened(work, small, bucket, scale)
+
+    def _scale(self, bucket: Tensor) -> float:
+        """A power of two that brings the sum's largest number near the top of fp16's range, whose steps are finest there."""
+        if self._dtype != torch.float16:
+            return 1.0
+        largest = bucket.abs().amax()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        if not largest.isfinite() or largest == 0:
+            return 1.0
+        room = torch.finfo(torch.float16).max / (largest * dist.get_world_size(self._group))
+        return float(2.0 ** torch.floor(torch.log2(room)).clamp(-126, 126))
+
+
+class _Widened:
+    """The sum in 16 bits, written back to the float32 bucket."""
+
+    def __init__(self, work: dist.Work, small: Tensor, bucket: Tensor, scale: float) -> None:
+        self._work, self._small, self._bucket, self._scale = work, small, bucket, scale
+
+    def wait(self) -> None:
+        """Returns when the bucket holds the sum."""
+        self._work.wait()
+        self._bucket.copy_(self._small).div_(self._scale)
+
+
+class PowerSum:
+    """PowerSGD (Vogels et al. 2019, arXiv 1905.13727, algorithm 1): each matrix is sent as a product of rank R.
+
+    What the approximation leaves out is added to the next step's gradient (error feedback), so that it is late and not
+    lost. The right factor of one step is the starting point of the next. Vectors, and matrices that would not get
+    smaller, are sent as they are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._states: dict[nn.Parameter, _Factor] = {}
+
+    def start(self, bucket: Tensor, parameters: list[nn.Parameter]) -> PendingSum:
+        """Sums `bucket`; two rounds of messages, the second of which needs the first, so nothing is left pending."""
+        matrices, rest = [], []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            grad_MN = parameter.grad.flatten(1) if parameter.ndim > 1 else None
+            if grad_MN is None or self._rank * sum(grad_MN.shape) >= grad_MN.numel():
+                rest.append(parameter.grad)
+            else:
+                state = self._states.setdefault(parameter, _Factor.start(grad_MN, self._rank, len(self._states)))
+                matrices.append((grad_MN, state))
+        replicas = dist.get_world_size(self._group)
+        for grad_MN, state in matrices:
+            grad_MN += state.error_MN
+        left_MR = [grad_MN @ state.right_NR for grad_MN, state in matrices]
+        self._sum([*left_MR, *rest])
+        left_MR = [torch.linalg.qr(left).Q for left in left_MR]
+        right_NR = [grad_MN.T @ left for (grad_MN, _), left in zip(matrices, left_MR, strict=True)]
+        own = [right.clone() for right in right_NR]
+        self._sum(right_NR)
+        for (grad_MN, state), left, right, mine in zip(matrices, left_MR, right_NR, own, strict=True):
+            torch.addmm(grad_MN, left, mine.T, alpha=-1, out=state.error_MN)
+            state.right_NR.copy_(right / replicas)
+            torch.mm(left, right.T, out=grad_MN)
+        return _Done()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What must be kept for the next step, in the order of the parameters: right factors, and this rank's errors."""
+        tensors = {}
+        for number, state in enumerate(self._states.values()):
+            tensors |= {f"right.{number}": state.right_NR, f"error.{number}": state.error_MN}
+        return tensors
+
+    def _sum(self, tensors: list[Tensor]) -> None:
+        if not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=self._group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+class _Factor:
+    """What is kept for one matrix from step to step."""
+
+    def __init__(self, error_MN: Tensor, right_NR: Tensor) -> None:
+        self.error_MN = error_MN
+        self.right_NR = right_NR
+
+    @classmethod
+    def start(cls, grad_MN: Tensor, rank: int, number: int) -> _Factor:
+        """No error yet, and a random right factor, the same on each rank."""
+        random = torch.Generator().manual_seed(number)
+        return cls(torch.zeros_like(grad_MN), torch.randn(grad_MN.shape[1], rank, generator=random))
+
+
+class _Done:
+    """Nothing is on its way."""
+
+    def wait(self) -> None:
+        """Returns at once."""
