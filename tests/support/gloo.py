@@ -1,0 +1,89 @@
+"""Runs a function in a few processes that form a gloo group, and brings back what each returned.
+
+The processes are forked from one server that has imported torch once, so that a launch costs a fraction of a second
+and not the start of an interpreter. A rank that fails, or is not done in time, takes the others with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "torch.distributed.pipelining", "torch.distributed.tensor", "sihe.models.decoder", "support.gloo"]
+)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = 120.0) -> list[Any]:
+    """What `function(*arguments)` returns in each rank, by rank. It must be importable, its answers picklable.
+
+    Raises `AssertionError` with the traceback of the rank that failed first.
+    """
+    task = pickle.dumps((function, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+        ranks = [
+            _CONTEXT.Process(target=_be_rank, args=(rank, world_size, f"{folder}/meeting", task, pipe, limit_s))
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        try:
+            for process, (_, theirs) in zip(ranks, pipes, strict=True):
+                process.start()
+                theirs.close()
+            return _answers([ours for ours, _ in pipes], monotonic() + limit_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+            for ours, _ in pipes:
+                ours.close()
+
+
+def _answers(pipes: list[Connection], deadline: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    while len(answers) < len(pipes):
+        missing = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
+        ready = wait(missing, max(deadline - monotonic(), 0))
+        if not ready:
+            raise AssertionError(f"only ranks {sorted(answers)} of {len(pipes)} answered in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]  # `wait` gives back what it was given
+            try:
+                succeeded, answer = pickle.loads(pipes[rank].recv_bytes())
+            except EOFError:
+                raise AssertionError(f"rank {rank} of {len(pipes)} died") from None
+            assert succeeded, f"rank {rank} of {len(pipes)} failed:\n{answer}"
+            answers[rank] = answer
+    return [answers[rank] for rank in range(len(pipes))]
+
+
+def _be_rank(rank: int, world_size: int, meeting: str, task: bytes, pipe: Connection, limit_s: float) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=limit_s),
+        )
+        function, arguments = pickle.loads(task)
+        answer = pickle.dumps((True, function(*arguments)))
+        dist.barrier()  # a rank that leaves early would break the connections of the others
+    except BaseException:  # noqa: BLE001 - whatever it is, the test shall show it
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)
+    os._exit(0)  # without the group's own farewell, which waits for peers that may have failed
