@@ -14,7 +14,7 @@ from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
 from sihe.training.parallel.plan import ParallelPlan
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
 _FREE = {
     *("parallel", "world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
@@ -90,7 +90,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     precision: Precision = "auto"
     """Of weights and activations; the optimizer's master weights and the sums of gradients are float32 in any case.
-    "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
+    "auto" is bf16 where the processor multiplies it in hardware, else fp32. fp16 comes with dynamic loss scaling."""
     seed: int = 0
     world_size: int = 1
     """Data-parallel ranks, where `parallel` is left out."""

@@ -15,7 +15,7 @@ from sihe.training import layout
 from sihe.training.checkpoint import Checkpoints
 from sihe.training.plan import TOKENIZER_FILES, TrainPlan
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export_model(model: Decoder, dataset: Path, target: Path) -> None:

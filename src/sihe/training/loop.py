@@ -16,6 +16,7 @@ from sihe.training import layout
 from sihe.training.checkpoint import Checkpoint, Checkpoints
 from sihe.training.errors import Diverged
 from sihe.training.export import DTYPES, export_model
+from sihe.training.loss_scale import LossScale
 from sihe.training.optimizer import MasterAdamW, OptimizerConfig
 from sihe.training.parallel.apply import ParallelModel
 from sihe.training.parallel.mesh import ParallelMesh
@@ -53,7 +54,15 @@ class TrainLoop:
             total_steps=config.max_steps,
             min_ratio=config.min_lr_ratio,
         )
-        self._step = TrainStep(self._parallel, self._optimizer, schedule, ranks, micro_batch=config.micro_batch)
+        self._loss_scale = LossScale() if config.precision == "fp16" else None
+        self._step = TrainStep(
+            self._parallel,
+            self._optimizer,
+            schedule,
+            ranks,
+            micro_batch=config.micro_batch,
+            loss_scale=self._loss_scale,
+        )
 
     def run(self) -> None:
         """Trains to the last step and exports the model."""

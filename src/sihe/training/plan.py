@@ -22,7 +22,7 @@ from sihe.training.config import TrainConfig
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What a model folder takes over from its data set."""
 _OPTIMIZER_BYTES = 12  # a parameter's float32 master weight and two moments
-_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+_WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)

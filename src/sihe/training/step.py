@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from sihe.training.loss_scale import LossScale
     from sihe.training.parallel.apply import ParallelModel
     from sihe.training.ports import Optimizer, Schedule
     from sihe.training.ranks import Ranks
@@ -36,23 +37,39 @@ class StepOutcome:
 
 
 class TrainStep:
-    """Forward, backward, sum over ranks, update. The optimizer must not replace the parameters' `.grad`."""
+    """Forward, backward, sum over ranks, update. With a `loss_scale`, a batch whose gradients overflow is done again."""
 
     def __init__(
-        self, model: ParallelModel, optimizer: Optimizer, schedule: Schedule, ranks: Ranks, *, micro_batch: int
+        self,
+        model: ParallelModel,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        ranks: Ranks,
+        *,
+        micro_batch: int,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._schedule = schedule
         self._ranks = ranks
+        self._loss_scale = loss_scale
         self._samples_at_once = micro_batch * model.plan.microbatches
 
     def __call__(self, step: int, batch: np.ndarray) -> StepOutcome:
         """Trains on this rank's `batch` (int64 [B, T + 1]: inputs, and shifted by one their targets) as step `step`."""
-        loss, tokens, samples = self.accumulate(batch)
         lr = self._schedule.at(step)
-        with self._ranks.errors():
-            norm = self._optimizer.step(lr)
+        while True:
+            loss, tokens, samples = self.accumulate(batch)
+            with self._ranks.errors():
+                norm = self._optimizer.step(lr)
+            if self._loss_scale is None or not math.isfinite(loss):
+                break
+            if math.isfinite(norm):
+                self._loss_scale.fitted()
+                break
+            if not self._loss_scale.overflowed():
+                break
         return StepOutcome(loss, lr, norm, tokens, samples)
 
     def accumulate(self, batch: np.ndarray) -> tuple[float, int, str]:
@@ -66,7 +83,7 @@ class TrainStep:
         counts = self._ranks.sum_(torch.tensor([targets, digest] if self._model.speaks else [0, 0]))
         total = max(int(counts[0]), 1)
         # Only a power of two is exact in bfloat16, the format of the backward pass; the rest is applied in float32.
-        scale = 2.0 ** -math.ceil(math.log2(total))
+        scale = 2.0 ** -math.ceil(math.log2(total)) * (self._loss_scale.factor if self._loss_scale else 1.0)
         loss = torch.zeros((), dtype=torch.float64)
         with self._ranks.errors():
             self._model.zero_grad()
