@@ -195,5 +195,5 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -
 
 
 def test_delays_grow_and_stay_bounded() -> None:
-    policy = RestartPolicy(first_delay_s=0.5, factor=2, max_delay_s=3)
+    policy = RestartPolicy(first_delay_s=0.5, factor=2, max_delay_s=3, jitter=0)
     assert [policy.delay_s(restart) for restart in (1, 2, 3, 4, 10_000)] == [0.5, 1, 2, 3, 3]

@@ -5,14 +5,21 @@ from sihe.core.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "FileCapacity": "sihe.cluster.capacity",
+        "Heartbeat": "sihe.cluster.heartbeats",
         "JobStopped": "sihe.cluster.errors",
         "Launcher": "sihe.cluster.ports",
         "LocalLauncher": "sihe.cluster.launchers.local",
+        "NotEnoughSlots": "sihe.cluster.errors",
         "ProcessJob": "sihe.cluster.types",
         "RankFailed": "sihe.cluster.types",
+        "RankHung": "sihe.cluster.types",
         "RanksLost": "sihe.cluster.errors",
         "RanksStarted": "sihe.cluster.types",
         "RestartPolicy": "sihe.cluster.types",
         "Restarting": "sihe.cluster.types",
+        "StragglerSeen": "sihe.cluster.types",
+        "WatchPolicy": "sihe.cluster.types",
+        "WorkersChanged": "sihe.cluster.types",
     },
 )

@@ -7,9 +7,12 @@ from typing import Protocol
 
 from sihe.cluster.types import JobEvent, ProcessJob, RestartPolicy
 
+Capacity = Callable[[], int | None]
+"""How many ranks may run now; `None` for no limit."""
+
 
 class Launcher(Protocol):
-    """Starts the ranks of a job, watches them, restarts them all when one dies."""
+    """Starts the ranks of a job, watches them, restarts them all when one dies or hangs."""
 
     def run(
         self,
@@ -22,7 +25,7 @@ class Launcher(Protocol):
         """Runs `job` to its end; how many restarts it took.
 
         `on_tick` is called some times a second, in the caller's thread. Raises a rank's own `UserError`, `RanksLost`
-        when the budget of `policy` is spent, and `JobStopped`. No rank outlives the call.
+        when the budget of `policy` is spent, `NotEnoughSlots` and `JobStopped`. No rank outlives the call.
         """
         ...
 

@@ -1,51 +1,68 @@
-"""Ranks as processes on this machine, started through torch elastic's process layer.
+"""Ranks as processes on this machine: started, watched, ended together and started again, within a budget.
 
-Each attempt gets a fresh key-value store on a fresh port, which the launcher hosts: ranks of an attempt can never meet
-what a dead one left. (The restarts of torch elastic's own agent reuse the store; on gloo they failed with "connection
-refused" to the dead attempt's port.) The store listens on loopback only.
+A rank that dies or hangs ends the attempt; a slow one is reported. When the number of free slots changes, an elastic
+job goes on with another number of ranks: after a failure at once, else from its next checkpoint.
 
-Linux and macOS; several machines are the work of other launchers.
+Linux and macOS (without `/proc` a stopped process is seen by its heartbeat only); several machines are the work of
+other launchers.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
-import socket
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+from typing import Literal
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not listed in its stub
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, SubprocessContext, start_processes
+from sihe.cluster.capacity import FileCapacity
+from sihe.cluster.errors import JobStopped, NotEnoughSlots, RanksLost
+from sihe.cluster.launchers import stacks
+from sihe.cluster.launchers.processes import STOPPING, RankProcesses
+from sihe.cluster.launchers.rank import EXIT_LEFT
+from sihe.cluster.ports import Capacity
+from sihe.cluster.restarts import Failure, RestartBudget
+from sihe.cluster.types import (
+    JobEvent,
+    ProcessJob,
+    RankFailed,
+    RankHung,
+    RanksStarted,
+    Restarting,
+    RestartPolicy,
+    StragglerSeen,
+    WorkersChanged,
+)
+from sihe.cluster.watch import HangWatch, StragglerWatch
+from sihe.core.clock import Clock, SystemClock
+from sihe.core.errors import SiheError, UserError
 
-from sihe.cluster.errors import JobStopped, RanksLost
-from sihe.cluster.launchers import reports
-from sihe.cluster.launchers.rank import ERROR_FILE, LAUNCHER_PID
-from sihe.cluster.types import JobEvent, ProcessJob, RankFailed, RanksStarted, Restarting, RestartPolicy
-from sihe.core.errors import UserError
-from sihe.core.files import disk_errors
+_LOOK_S = 0.25  # between two looks at heartbeats, process states and slots
 
-_LOOPBACK = "127.0.0.1"
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-# Failures are reported as events and errors; torch elastic's own log lines would repeat them on the terminal.
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+_Ending = Literal["done", "left"]
 
 
 class LocalLauncher:
     """Starts, watches and restarts the ranks of one job at a time (`sihe.cluster.ports.Launcher`).
 
-    In the main thread it also takes SIGTERM, SIGINT and SIGHUP for the time of `run` and passes them on to the ranks.
+    `capacity` says how many ranks may run now; by default the job's `capacity_file` does. In the main thread `run`
+    also takes SIGTERM, SIGINT and SIGHUP and passes them on to the ranks.
     """
 
-    def __init__(self, *, poll_s: float = 0.05, grace_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        poll_s: float = 0.05,
+        grace_s: float = 5.0,
+        capacity: Capacity | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self._poll_s = poll_s
         self._grace_s = grace_s
+        self._capacity = capacity
+        self._clock = clock or SystemClock()
         self._wake = threading.Event()
         self._stop_signal: int | None = None
 
@@ -59,20 +76,37 @@ class LocalLauncher:
     ) -> int:
         """Runs `job` to its end; how many restarts it took. Raises as the port says."""
         report = on_event or _ignore
+        capacity = self._capacity or (FileCapacity(job.capacity_file) if job.capacity_file else _no_limit)
         self._stop_signal = None
         self._wake.clear()
+        restarts, size = 0, job.world_size
         with self._signals():
-            for restarts in range(policy.max_restarts + 1):
-                failure = self._attempt(job, report, on_tick or _nothing)
-                if failure is None:
+            budget = RestartBudget(job.log_dir / "restarts", job.name, policy, self._clock)
+            while True:
+                budget.open()
+                with _excused(budget):
+                    before, size = size, self._wait_for_slots(job, policy, capacity)
+                    ending, error = self._attempt(job, before, size, capacity, report, on_tick or _nothing)
+                    if not isinstance(ending, str):
+                        report(ending)
+                        if isinstance(error, UserError):  # a restart would not change it
+                            raise error
+                if ending == "done":
+                    budget.excuse()
                     return restarts
-                report(failure)
-                self._raise_if_hopeless(job, failure, restarts, policy)
-                delay_s = policy.delay_s(restarts + 1)
-                report(Restarting(restarts + 1, policy.max_restarts, delay_s))
+                if ending == "left":
+                    budget.excuse()
+                    continue
+                budget.charge(Failure(ending.rank, ending.reason, str(ending.log)))
+                try:
+                    budget.check()
+                except RanksLost as lost:
+                    raise lost from error
+                restarts += 1
+                delay_s = policy.delay_s(budget.used)
+                report(Restarting(budget.used, policy.max_restarts, delay_s))
                 self._wake.wait(delay_s)
                 self._raise_if_stopped(job)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def stop(self) -> None:
         """Asks `run`, in whatever thread it is, to stop every rank and raise `JobStopped`."""
@@ -82,66 +116,53 @@ class LocalLauncher:
     # ---- one attempt ----------------------------------------------------------------------------------------------
 
     def _attempt(
-        self, job: ProcessJob, report: Callable[[JobEvent], None], tick: Callable[[], None]
-    ) -> RankFailed | None:
-        """One life of all ranks: `None` when they all ended well, else the failure that came first."""
-        attempt, folder = _new_attempt(job.log_dir)
-        logs = _RankLogs(folder)
-        store = _open_store()
-        ranks = self._start(job, attempt, store.port, logs)
+        self,
+        job: ProcessJob,
+        before: int,
+        size: int,
+        capacity: Capacity,
+        report: Callable[[JobEvent], None],
+        tick: Callable[[], None],
+    ) -> tuple[_Ending | RankFailed | RankHung, SiheError | None]:
+        """One life of all ranks: how it ended, and of a failure the error behind it, if it is one of ours."""
+        ranks = RankProcesses(job, size)
+        ending: _Ending | RankFailed | RankHung | None = None
         try:
-            pids = ranks.pids()
-            report(RanksStarted(attempt, tuple(pids[rank] for rank in sorted(pids)), folder))
+            if size != before:
+                report(WorkersChanged(ranks.attempt, before, size, capacity()))
+            report(RanksStarted(ranks.attempt, ranks.pids, ranks.folder))
+            lookout = _Lookout(job, ranks, capacity, report)
             while True:
-                codes = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
+                codes = ranks.codes()
                 tick()
-                failed = {rank: code for rank, code in codes.items() if code}
-                if failed:
-                    return _first_failure(attempt, failed, pids, logs)
-                if all(code == 0 for code in codes.values()):
-                    return None
+                ending = _ending(ranks, codes, lookout) or lookout.look(codes)
+                if isinstance(ending, RankHung):
+                    stacks.collect(dict(enumerate(ranks.pids)), ranks.stacks, self._wake.wait)
+                if ending is not None:
+                    return ending, ranks.last_words(ending.rank) if isinstance(ending, RankFailed) else None
                 self._raise_if_stopped(job)
                 self._wake.wait(self._poll_s)
         finally:
-            _close(ranks, signal.Signals(self._stop_signal or signal.SIGTERM), self._grace_s)
+            # A rank that hangs has no last words, and the others wait for it.
+            last = signal.SIGKILL if isinstance(ending, RankHung) else self._stop_signal or signal.SIGTERM
+            ranks.close(signal.Signals(last), self._grace_s)
 
-    def _start(self, job: ProcessJob, attempt: int, port: int, logs: _RankLogs) -> SubprocessContext:
-        common = {
-            "MASTER_ADDR": _LOOPBACK,
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(job.world_size),
-            "LOCAL_WORLD_SIZE": str(job.world_size),
-            "TORCHELASTIC_RUN_ID": job.name,
-            "TORCHELASTIC_RESTART_COUNT": str(attempt - 1),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "OMP_NUM_THREADS": str(job.threads_per_rank),
-            LAUNCHER_PID: str(os.getpid()),
-            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-            **job.env,
-        }
-        ranks = range(job.world_size)
-        with _keep_signal_handlers(), disk_errors(logs.folder):
-            context: PContext = start_processes(
-                name=job.name,
-                entrypoint=sys.executable,
-                # -P: a file in the user's folder must not shadow a package that the rank imports.
-                args=dict.fromkeys(ranks, ("-P", "-u", "-m", job.module, *job.args)),
-                envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
-                logs_specs=logs,
-            )
-        assert isinstance(context, SubprocessContext), "an entry point that is a command runs as subprocesses"
-        return context
+    def _wait_for_slots(self, job: ProcessJob, policy: RestartPolicy, capacity: Capacity) -> int:
+        """How many ranks start now. Raises `NotEnoughSlots` when for too long there were too few slots."""
+        started_s = time.monotonic()
+        while True:
+            slots = capacity()
+            size = job.largest_size(slots)
+            if size is not None:
+                return size
+            waited_s = time.monotonic() - started_s
+            if waited_s >= policy.capacity_timeout_s:
+                needed = min(job.world_sizes or (job.world_size,))
+                raise NotEnoughSlots(job.name, needed=needed, slots=slots or 0, waited_s=waited_s)
+            self._wake.wait(_LOOK_S)
+            self._raise_if_stopped(job)
 
-    # ---- failure and interruption ---------------------------------------------------------------------------------
-
-    def _raise_if_hopeless(self, job: ProcessJob, failure: RankFailed, restarts: int, policy: RestartPolicy) -> None:
-        """Raises what a restart would not change, or what the budget no longer allows to change."""
-        last_words = reports.read(_report_path(failure.log.parent))
-        error = last_words.error() if last_words else None
-        if isinstance(error, UserError):
-            raise error
-        if restarts == policy.max_restarts:
-            raise RanksLost(job.name, failure.rank, failure.reason, restarts=restarts, log=failure.log) from error
+    # ---- interruption ---------------------------------------------------------------------------------------------
 
     def _raise_if_stopped(self, job: ProcessJob) -> None:
         if self._stop_signal is not None:
@@ -158,7 +179,7 @@ class LocalLauncher:
             self._stop_signal = signum
             self._wake.set()
 
-        taken = [signum for signum in _STOPPING if signal.getsignal(signum) != signal.SIG_IGN]
+        taken = [signum for signum in STOPPING if signal.getsignal(signum) != signal.SIG_IGN]
         former = {signum: signal.signal(signum, on_signal) for signum in taken}
         try:
             yield
@@ -167,108 +188,74 @@ class LocalLauncher:
                 signal.signal(signum, handler)
 
 
-class _RankLogs(LogsSpecs):
-    """Puts each rank's output and report into `<folder>/rank-<r>/`."""
+class _Lookout:
+    """Looks at the heartbeats of one attempt and at the slots, some times a second."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(log_dir=str(folder))
-        self.folder = folder
+    def __init__(
+        self, job: ProcessJob, ranks: RankProcesses, capacity: Capacity, report: Callable[[JobEvent], None]
+    ) -> None:
+        self._job = job
+        self._ranks = ranks
+        self._capacity = capacity
+        self._report = report
+        size = len(ranks.pids)
+        self._hangs = HangWatch(job.watch, size) if job.watch else None
+        self._stragglers = StragglerWatch(job.watch, size) if job.watch else None
+        self._looked_s = time.monotonic()
+        self.wanted_leave = False
 
-    @property
-    def root_log_dir(self) -> str:
-        return str(self.folder)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Creates the folders, reserves the reports, and tells each rank where its report goes."""
-        destination = LogsDest()
-        for rank, env in envs.items():
-            home = self.rank(rank)
-            home.mkdir()
-            report = _report_path(home)
-            reports.reserve(report)
-            env[ERROR_FILE] = str(report)
-            destination.stdouts[rank] = str(home / "stdout.log")
-            destination.stderrs[rank] = str(home / "stderr.log")
-            destination.error_files[rank] = str(report)
-        return destination
-
-    def rank(self, rank: int) -> Path:
-        """The folder of one rank."""
-        return self.folder / f"rank-{rank}"
-
-
-def _report_path(rank_folder: Path) -> Path:
-    return rank_folder / "error.json"
-
-
-def _new_attempt(log_dir: Path) -> tuple[int, Path]:
-    """The next attempt's number and its new folder; attempts of former launchers of the same job count."""
-    with disk_errors(log_dir):
-        log_dir.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name.rpartition("-")[2]) for path in log_dir.glob("attempt-[0-9]*")]
-        attempt = max(numbers, default=0) + 1
-        folder = log_dir / f"attempt-{attempt:03d}"
-        folder.mkdir()
-    return attempt, folder
+    def look(self, codes: dict[int, int | None]) -> RankHung | None:
+        """Reports stragglers, asks the ranks to leave when another number could run; the hang, if there is one."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_S:
+            return None
+        self._looked_s = now_s
+        best = self._job.largest_size(self._capacity()) if self._job.world_sizes else None
+        wants = best is not None and best != len(self._ranks.pids)
+        self._ranks.board.want_leave(wants)
+        self.wanted_leave |= wants
+        if self._hangs is None or self._stragglers is None:
+            return None
+        pulses = self._ranks.board.read()
+        for slow in self._stragglers.look(pulses):
+            step, window = pulses[slow.rank].step, self._stragglers.window
+            times = (slow.median_s, slow.others_median_s)
+            self._report(StragglerSeen(self._ranks.attempt, slow.rank, step, window, *times))
+        stopped = {rank for rank, pid in enumerate(self._ranks.pids) if stacks.is_stopped(pid)}
+        ended = {rank for rank, code in codes.items() if code is not None}
+        hang = self._hangs.look(now_s, pulses, stopped=stopped, ended=ended)
+        if hang is None:
+            return None
+        ranks, pid = self._ranks, self._ranks.pids[hang.rank]
+        state, files = stacks.state_of(pid), (ranks.stacks(hang.rank), ranks.log(hang.rank))
+        return RankHung(ranks.attempt, hang.rank, pid, hang.seconds, hang.step, state, *files)
 
 
-def _open_store() -> TCPStore:
-    """A new key-value store on a free port of the loopback interface. It closes with the object."""
-    listener = socket.create_server((_LOOPBACK, 0))
-    port: int = listener.getsockname()[1]
-    return TCPStore(
-        _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-    )
-
-
-def _close(ranks: SubprocessContext, signum: signal.Signals, grace_s: float) -> None:
-    """Ends the ranks that still run: with `signum`, and after `grace_s` with SIGKILL."""
-    ranks.close(signum, timeout=int(grace_s))
-    for handler in ranks.subprocess_handlers.values():
-        # torch elastic closes the log files of the ranks that it stopped, not of those that ended by themselves.
-        for log in (handler._stdout, handler._stderr):
-            if log is not None:
-                log.close()
-
-
-def _first_failure(attempt: int, failed: dict[int, int], pids: dict[int, int], logs: _RankLogs) -> RankFailed:
-    """The failure that caused the others: an input error, then a killed rank, then whoever reported first."""
-    found = {rank: reports.read(_report_path(logs.rank(rank))) for rank in failed}
-
-    def order(rank: int) -> tuple[bool, bool, int]:
-        report = found[rank]
-        return not (report and isinstance(report.error(), UserError)), failed[rank] > 0, report.at_ns if report else 0
-
-    rank = min(failed, key=order)
-    code, report = failed[rank], found[rank]
-    name = _signal_name(-code) if code < 0 else None
-    reason = (
-        f"was killed by {name}" if name else f"failed with {report.summary}" if report else f"exited with code {code}"
-    )
-    log = logs.rank(rank) / "stderr.log"
-    return RankFailed(attempt, rank, pids[rank], code if code > 0 else None, name, reason, log)
-
-
-def _signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # a real-time signal has a number only
-        return f"signal {signum}"
+def _ending(ranks: RankProcesses, codes: dict[int, int | None], lookout: _Lookout) -> _Ending | RankFailed | None:
+    """How the attempt ended, judged by the exit codes of its ranks; `None` while it goes on."""
+    failed = {rank: code for rank, code in codes.items() if code not in (0, None, EXIT_LEFT) and code is not None}
+    left = {rank: EXIT_LEFT for rank, code in codes.items() if code == EXIT_LEFT}
+    if left and not lookout.wanted_leave:  # nobody asked: not for free, or it could go on for ever
+        failed |= left
+    if failed:
+        return ranks.first_failure(failed)
+    if any(code is None for code in codes.values()):
+        return None
+    return "left" if left else "done"
 
 
 @contextmanager
-def _keep_signal_handlers() -> Iterator[None]:
-    """Undoes the signal handlers that torch elastic installs when it starts processes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handled = (*_STOPPING, signal.SIGQUIT)
-    former = [(signum, signal.getsignal(signum)) for signum in handled]
+def _excused(budget: RestartBudget) -> Iterator[None]:
+    """An attempt that somebody stopped, or whose input was at fault, does not count against the budget."""
     try:
         yield
-    finally:
-        for signum, handler in former:
-            signal.signal(signum, handler)
+    except (JobStopped, NotEnoughSlots, KeyboardInterrupt, UserError):
+        budget.excuse()
+        raise
+
+
+def _no_limit() -> None:
+    """Nobody limits how many ranks run."""
 
 
 def _ignore(_event: JobEvent) -> None:

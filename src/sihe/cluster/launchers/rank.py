@@ -1,8 +1,12 @@
-"""What every rank does around its work: it dies with its launcher and reports its errors. Imports nothing heavy."""
+"""What every rank does around its work: it dies with its launcher, shows its stacks when asked, reports its errors.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -14,9 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from sihe.cluster.launchers import reports
+from sihe.cluster.launchers.stacks import DUMP_SIGNAL, STACKS_FILE
 
 LAUNCHER_PID = "LAUNCHER_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+EXIT_LEFT = 75
+"""The exit code of a rank that left at a checkpoint, as its launcher wished, to be started again (EX_TEMPFAIL of
+sysexits.h)."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,6 +35,7 @@ def supervised(main: Callable[[], None]) -> None:
     process group may wait for peers that are gone.
     """
     _die_with_launcher()
+    _show_stacks_when_asked()
     try:
         main()
     except SystemExit:
@@ -51,6 +60,13 @@ def _die_with_launcher() -> None:
         threading.Thread(target=_watch_parent, args=(expected,), daemon=True).start()
     if os.getppid() != expected:  # it died before we asked to be told
         os._exit(1)
+
+
+def _show_stacks_when_asked() -> None:
+    if path := os.environ.get(STACKS_FILE):
+        with suppress(OSError):  # a full disk: it works without
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            faulthandler.register(DUMP_SIGNAL, file=descriptor, all_threads=True)
 
 
 def _watch_parent(expected: int) -> None:
