@@ -25,9 +25,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from sihe.models.loss import cross_entropy
 from sihe.training.gradients import GradientBuffer, GradientSum
 from sihe.training.parallel.compression import bucket_sum
+from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
 from sihe.training.parallel.held import Cut, Held
 from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.parallel.tensor import cut_block
+from sihe.training.parallel.vocabulary import VocabularyEmbedding, cut_vocabulary, vocabulary_cross_entropy
 from sihe.training.parallel.zero import shard_states
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ class ParallelModel:
         loss = self._loss(tokens_BT, targets_BT)
         with overlapped:
             (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        return loss.detach()
+        is_counted = self.mesh is None or self.mesh["tp"].rank == 0
+        return loss.detach() * is_counted
 
     @torch.no_grad()
     def finish_gradients(self, factor: float) -> None:
@@ -102,17 +105,26 @@ class ParallelModel:
         """Replaces weights by this rank's shares; by name, how."""
         if self.mesh is None or self.plan.tp == 1:
             return {}
-        axis = self.mesh["tp"]
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        cuts = {names[parameter]: (cut,) for block in self.model.blocks for parameter, cut in cut_block(block, axis)}
-        self.model.embedding.register_forward_hook(lambda _m, _a, x: x.chunk(axis.size, 1)[axis.rank])
-        return cuts
+        axis, model = self.mesh["tp"], self.model
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        cuts = [found for block in model.blocks for found in cut_block(block, axis)]
+        cuts.append((model.embedding.weight, cut_vocabulary(model.embedding.weight, axis)))
+        if model.head is not None:
+            cuts.append((model.head.weight, cut_vocabulary(model.head.weight, axis)))
+        model.embedding = VocabularyEmbedding(model.embedding, axis)
+        return {names[parameter]: (cut,) for parameter, cut in cuts}
 
     def _loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        hidden = self.model.hidden(tokens_BT)
+        """The loss of this rank's tokens; of those that several ranks of `tp` have, each has it all."""
+        positions_BT = attend = None
+        if self.mesh is not None and self.plan.cp > 1:
+            cp = self.mesh["cp"]
+            positions_BT, attend = positions_of_share(tokens_BT.shape[1], cp), ContextAttention(cp)
+            tokens_BT, targets_BT = share_of_sequence(tokens_BT, cp), share_of_sequence(targets_BT, cp)
+        x_BTD = self.model.hidden(tokens_BT, positions_BT, attend)
         if self.mesh is not None and self.plan.tp > 1:
-            targets_BT = targets_BT.chunk(self.plan.tp, 1)[self.mesh["tp"].rank]
-        return cross_entropy(hidden, self.model.head_weight, targets_BT)
+            return vocabulary_cross_entropy(x_BTD, self.model.head_weight, targets_BT, self.mesh["tp"])
+        return cross_entropy(x_BTD, self.model.head_weight, targets_BT)
 
 
 def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
