@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.gloo import run_ranks
 from torch import Tensor
 
 from sihe.core.errors import ConfigError
@@ -19,6 +18,7 @@ from sihe.training.parallel.context import (
 )
 from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.parallel.plan import ParallelPlan
+from support.gloo import run_ranks
 
 CONFIG = ModelConfig(
     vocab_size=61,

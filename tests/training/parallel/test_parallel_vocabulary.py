@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.gloo import run_ranks
 from torch import Tensor, nn
 
 from sihe.core.errors import ConfigError
@@ -17,6 +16,7 @@ from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.parallel.tensor import cut_block
 from sihe.training.parallel.vocabulary import VocabularyEmbedding, cut_vocabulary, vocabulary_cross_entropy
+from support.gloo import run_ranks
 
 CONFIG = ModelConfig(
     vocab_size=44,
@@ -117,6 +117,6 @@ class Place:
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="divisor of vocab_size \\(44\\).*got 3: pad") as caught:
+    with pytest.raises(ConfigError, match=r"divisor of vocab_size \(44\).*got 3: pad") as caught:
         cut_vocabulary(nn.Parameter(torch.zeros(44, 2)), Place())
     assert caught.value.key == "parallel.tp"

@@ -94,7 +94,7 @@ class _GatherSequence(torch.autograd.Function):
         ctx.axis = axis
         parts = x_BS.new_empty(axis.size * len(x_BS), *x_BS.shape[1:])
         dist.all_gather_single(parts, x_BS.contiguous(), group=axis.group)
-        return whole_sequence(parts.unflatten(0, (axis.size, -1)))
+        return whole_sequence(parts.view(axis.size, *x_BS.shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,11 +1,12 @@
 """Vocabulary parallelism: each rank of `tp` has some rows of the embedding and of the head.
 
-    B  batch      T  time      S  this rank's share of the time, T / tp      M  tokens, B * T      C  tokens of one chunk
+    B  batch      T  time      S  this rank's share of the time, T / tp      M  tokens, B * T      C  those of one chunk
     D  hidden      W  this rank's share of the vocabulary, V / tp
 
 The logits are never put together: their maximum, the sum of their exponentials and the target's logit are one number a
-token, and those are reduced over the ranks (Shoeybi et al. 2019, arXiv 1909.08053, section 3). As in `sihe.models.loss`,
-a chunk's logits become their own gradient in place and live no longer than their chunk; the softmax is in float32.
+token, and those are reduced over the ranks (Shoeybi et al. 2019, arXiv 1909.08053, section 3). As in
+`sihe.models.loss`, a chunk's logits become their own gradient in place and live no longer than their chunk; the softmax
+is in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class VocabularyEmbedding(nn.Embedding):
 
     def __init__(self, whole: nn.Embedding, axis: Axis) -> None:
         """Takes over the parameter of `whole`, which must be a share already (`cut_vocabulary`)."""
-        super().__init__(*whole.weight.shape, _weight=whole.weight.data)
+        rows, hidden_size = whole.weight.shape
+        super().__init__(rows, hidden_size, _weight=whole.weight.data)
         self.weight = whole.weight
         self._axis = axis
 
@@ -60,10 +62,10 @@ def cut_vocabulary(weight: nn.Parameter, axis: Axis) -> Cut:
 
 
 def vocabulary_cross_entropy(x_BSD: Tensor, head_WD: Tensor, targets_BT: Tensor, axis: Axis) -> Tensor:
-    """Sum over counted targets (those >= 0) of the negative log-likelihood in nats; a float32 scalar, the same on each rank.
+    """Sum over counted targets (those >= 0) of the negative log-likelihood in nats; float32, the same on each rank.
 
-    `x_BSD` is this rank's share of the sequence, as after the last norm; `targets_BT` are those of all of it. Every rank
-    computes the same loss, whose gradients are complete: of the shares of `x` and of the rows of the head.
+    `x_BSD` is this rank's share of the sequence, as after the last norm; `targets_BT` are those of all of it. Every
+    rank computes the same loss, whose gradients are complete: of the shares of `x` and of the rows of the head.
     """
     x_MD = gather_sequence(x_BSD, axis).flatten(0, 1)
     loss: Tensor = _VocabularyCrossEntropy.apply(x_MD, head_WD, targets_BT.flatten(), axis)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
