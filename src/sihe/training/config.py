@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
 from sihe.training.parallel.plan import ParallelPlan
+from sihe.training.recovery import RecoveryConfig, feasible_workers
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
 _FREE = {
     *("parallel", "world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "model_name", "alias", "dataset"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "model_name", "alias", "dataset", "recovery"),
 }
 
 
@@ -106,6 +107,8 @@ class TrainConfig:
     max_restarts: int = 3
     collective_timeout_s: float = 120.0
     """A rank that keeps the others waiting longer ends the attempt. Longer than the slowest checkpoint."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What happens about failures, and with how many ranks the run may go on."""
     alias: str | None = None
     """Set to the new model version when the run ends."""
 
@@ -138,6 +141,7 @@ class TrainConfig:
         self.plan.check_batch(
             global_batch=self.global_batch, micro_batch=self.micro_batch, sequence_length=self.sequence_length
         )
+        _ = self.world_sizes  # checks the numbers of workers
         try:
             check_name("model", self.model_name)
             check_name("alias", self.alias or "none")
@@ -148,6 +152,11 @@ class TrainConfig:
     def plan(self) -> ParallelPlan:
         """How the run is spread over ranks."""
         return self.parallel or ParallelPlan(dp=self.world_size)
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Every number of ranks with which the run can go on. Raises `ConfigError`."""
+        return feasible_workers(self.plan, self.recovery, global_batch=self.global_batch, micro_batch=self.micro_batch)
 
     @property
     def accumulation_steps(self) -> int:
@@ -184,7 +193,7 @@ class TrainConfig:
         from pydantic import TypeAdapter, ValidationError
 
         _refuse_unknown(values, cls, "")
-        for name, part in (("model", ModelShape), ("parallel", ParallelPlan)):
+        for name, part in (("model", ModelShape), ("parallel", ParallelPlan), ("recovery", RecoveryConfig)):
             if isinstance(inner := values.get(name), Mapping):
                 _refuse_unknown(inner, part, f"{name}.")
         try:
@@ -209,10 +218,8 @@ def _check(key: str, holds: bool, expected: str, value: object) -> None:
         raise ConfigError(f"training setting {key!r} must be {expected}, got {value!r}", key=key)
 
 
-def _refuse_unknown(
-    values: Mapping[str, Any], kind: type[TrainConfig] | type[ModelShape] | type[ParallelPlan], prefix: str
-) -> None:
-    known = [prefix + field.name for field in fields(kind)]
+def _refuse_unknown(values: Mapping[str, Any], kind: type[Any], prefix: str) -> None:
+    known = [prefix + item.name for item in fields(kind)]
     for key in (f"{prefix}{key}" for key in values):
         if key not in known:
             raise ConfigError(f"unknown training setting {key!r}: known are {', '.join(known)}", key=key)

@@ -1,10 +1,11 @@
 """What goes wrong in training, beyond the errors that every room shares.
 
 InvalidInput
-├── Diverged            the loss is no longer a number
+├── Diverged            the loss is no number, or spikes, again and again
 └── WrongCheckpoint     a checkpoint of another model, data set or configuration
 TransientError
-└── PeerSilent          another rank neither answers nor dies
+├── PeerSilent          another rank neither answers nor dies
+└── NothingToRewind     the first steps failed, before there was a checkpoint
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from sihe.core.errors import InvalidInput, TransientError
 
 
 class Diverged(InvalidInput):
-    """The loss or the gradient of `step` is not finite. A restart would compute the same."""
+    """The loss or the gradient of `step` was not accepted, also after `rewinds` returns to a checkpoint."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+    def __init__(self, step: int, loss: float, grad_norm: float, *, rewinds: int = 0) -> None:
+        tried = f" after {rewinds} returns to a checkpoint (recovery.max_rewinds)" if rewinds else ""
         super().__init__(
-            f"training diverged at step {step}: loss {loss!r}, gradient norm {grad_norm!r}; "
-            "lower peak_lr, lengthen warmup_steps, or set precision: fp32"
+            f"training diverged at step {step}{tried}: loss {loss!r}, gradient norm {grad_norm!r}; "
+            "check the data, lower peak_lr, lengthen warmup_steps, or set precision: fp32"
         )
         self.step = step
+        self.rewinds = rewinds
 
 
 class WrongCheckpoint(InvalidInput):
@@ -45,3 +48,11 @@ class PeerSilent(TransientError, TimeoutError):
             f"checkpoint takes longer than that; the transport says: {reason}"
         )
         self.timeout_s = timeout_s
+
+
+class NothingToRewind(TransientError):
+    """Step `step` was not accepted, and there is no checkpoint yet to go back to: the ranks start from the seed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"step {step} was not accepted, before the first checkpoint: the ranks start over")
+        self.step = step

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
 
 import torch
 
+from sihe.cluster.heartbeats import Heartbeat
 from sihe.data.loading.dataset import TokenDataset
 from sihe.data.loading.stream import BatchStream
 from sihe.models.decoder import Decoder
 from sihe.training import layout
 from sihe.training.checkpoint import Checkpoint, Checkpoints
-from sihe.training.errors import Diverged
+from sihe.training.errors import NothingToRewind
 from sihe.training.export import DTYPES, export_model
 from sihe.training.loss_scale import LossScale
 from sihe.training.optimizer import MasterAdamW, OptimizerConfig
@@ -22,7 +22,10 @@ from sihe.training.parallel.apply import ParallelModel
 from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.plan import TrainPlan
 from sihe.training.progress import EventWriter
+from sihe.training.pulse import Pulse
 from sihe.training.ranks import Ranks
+from sihe.training.recovery import resized
+from sihe.training.rewinds import Rewinds
 from sihe.training.schedule import CosineSchedule
 from sihe.training.step import TrainStep
 from sihe.training.types import AttemptReady, StepDone, WorkerEvent
@@ -41,7 +44,8 @@ class TrainLoop:
         self._checkpoints = Checkpoints(folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints)
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.model = Decoder(self.plan.model)
-        mesh = ParallelMesh(config.plan, timeout_s=config.collective_timeout_s) if ranks.world_size > 1 else None
+        self._spread = resized(config.plan, ranks.world_size)  # an elastic run has fewer or more than it asked for
+        mesh = ParallelMesh(self._spread, timeout_s=config.collective_timeout_s) if ranks.world_size > 1 else None
         self._parallel = ParallelModel(self.model, mesh, dtype=DTYPES[config.precision])
         self._optimizer = MasterAdamW(
             self._parallel.held,
@@ -63,34 +67,66 @@ class TrainLoop:
             micro_batch=config.micro_batch,
             loss_scale=self._loss_scale,
         )
+        self._pulse = Pulse(self.model.blocks, Heartbeat.from_environment())
+        self._rewinds = Rewinds(folder, config.recovery, ranks, self._log, attempt=self._attempt)
 
-    def run(self) -> None:
-        """Trains to the last step and exports the model."""
+    def run(self) -> bool:
+        """Trains to the last step and exports the model; `False` when the ranks leave at a checkpoint before."""
         config = self.plan.config
         checkpoint = self._resume()
-        stream = BatchStream(
+        step = checkpoint.step if checkpoint else 0
+        stream = self._stream(checkpoint.next_sample if checkpoint else 0)
+        self._rewinds.resume(step)
+        self._log(AttemptReady(self._attempt, step, stream.next_sample))
+        while step < config.max_steps:
+            step += 1
+            if (first_sample := self._rewinds.next_sample(stream.next_sample)) != stream.next_sample:
+                stream = self._stream(first_sample)
+            self._pulse.begin(step)
+            started = time.perf_counter()
+            outcome = self._step(step - 1, next(stream))
+            seconds = time.perf_counter() - started
+            self._pulse.end(step)
+            if self._rewinds.rejects(step, outcome, first_sample=first_sample, next_sample=stream.next_sample):
+                checkpoint = self._go_back(step)
+                step, stream = checkpoint.step, self._stream(checkpoint.next_sample)
+                continue
+            self._log(StepDone(self._attempt, step, **vars(outcome), seconds=seconds, next_sample=stream.next_sample))
+            if step % config.checkpoint_every == 0 or step == config.max_steps:
+                self._save(step, stream.next_sample)
+                if step < config.max_steps and self._ranks.from_first(self._pulse.heartbeat.is_leave_wanted):
+                    return False
+        if self._ranks.is_first:
+            with self._pulse.heartbeat.slow():
+                self._export()
+        return True
+
+    def _stream(self, start_sample: int) -> BatchStream:
+        config = self.plan.config
+        return BatchStream(
             TokenDataset.open(self.plan.dataset),
             split="train",
             sequence_length=config.sequence_length,
             global_batch=config.global_batch,
             seed=config.seed,
             rank=self._parallel.batch_rank,
-            world_size=config.plan.batch_ranks,
-            start_sample=checkpoint.next_sample if checkpoint else 0,
+            world_size=self._spread.batch_ranks,
+            start_sample=start_sample,
         )
-        done = checkpoint.step if checkpoint else 0
-        self._log(AttemptReady(self._attempt, done, stream.next_sample))
-        for step in range(done + 1, config.max_steps + 1):
-            started = time.perf_counter()
-            outcome = self._step(step - 1, next(stream))
-            seconds = time.perf_counter() - started
-            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-                raise Diverged(step, outcome.loss, outcome.grad_norm)
-            self._log(StepDone(self._attempt, step, **vars(outcome), seconds=seconds, next_sample=stream.next_sample))
-            if self._ranks.is_first and (step % config.checkpoint_every == 0 or step == config.max_steps):
-                self._log(self._checkpoints.save(step, stream.next_sample, self.model, self._optimizer))
+
+    def _save(self, step: int, next_sample: int) -> None:
         if self._ranks.is_first:
-            self._export()
+            with self._pulse.heartbeat.slow():
+                self._log(self._checkpoints.save(step, next_sample, self.model, self._optimizer))
+
+    def _go_back(self, step: int) -> Checkpoint:
+        """The newest checkpoint, loaded, because `step` was not accepted. Raises `NothingToRewind`."""
+        with self._pulse.heartbeat.slow():
+            checkpoint = self._resume()
+        if checkpoint is None:
+            raise NothingToRewind(step)
+        self._rewinds.back_to(checkpoint.step)
+        return checkpoint
 
     def _resume(self) -> Checkpoint | None:
         """The newest valid checkpoint, loaded; the first rank checks the files and the others take its word."""

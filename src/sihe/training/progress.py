@@ -13,13 +13,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sihe.core.files import disk_errors
-from sihe.training.types import AttemptReady, CheckpointSaved, CheckpointSkipped, StepDone, WorkerEvent
+from sihe.training.types import (
+    AttemptReady,
+    CheckpointSaved,
+    CheckpointSkipped,
+    StepDone,
+    StepRejected,
+    StepsSkipped,
+    WorkerEvent,
+)
 
 _KINDS: dict[str, type[WorkerEvent]] = {
     "ready": AttemptReady,
     "step": StepDone,
     "checkpoint": CheckpointSaved,
     "skipped": CheckpointSkipped,
+    "rejected": StepRejected,
+    "samples-skipped": StepsSkipped,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 

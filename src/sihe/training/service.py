@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sihe.cluster.errors import JobStopped
-from sihe.cluster.types import ProcessJob, RestartPolicy
+from sihe.cluster.types import ProcessJob, RestartPolicy, WatchPolicy
 from sihe.core.errors import Busy, CorruptData, NotFound, SiheError
 from sihe.core.files import exclusive
 from sihe.core.telemetry import logger
@@ -157,15 +157,7 @@ class TrainingService:
         follower.replay()
         size = plan.model.num_parameters
         on_event(RunOpened(run_id, folder, config.max_steps, size, config.tokens_per_step, resumed))
-        job = ProcessJob(
-            name=run_id,
-            module="sihe.training.worker",
-            args=(str(folder),),
-            world_size=config.plan.world_size,
-            log_dir=folder / layout.LOGS,
-            threads_per_rank=plan.threads_per_rank,
-        )
-        policy = RestartPolicy(max_restarts=config.max_restarts)
+        job, policy = _job(plan, run_id, folder), _policy(config)
         try:
             restarts = self._launch(job, policy, on_event, follower.tick)
         except BaseException:
@@ -238,6 +230,37 @@ class TrainingService:
             tokens_per_s=ledger.tokens_per_s if ledger.last else None,
             config=config,
         )
+
+
+def _job(plan: TrainPlan, run_id: str, folder: Path) -> ProcessJob:
+    config, recovery = plan.config, plan.config.recovery
+    sizes = config.world_sizes
+    return ProcessJob(
+        name=run_id,
+        module="sihe.training.worker",
+        args=(str(folder),),
+        world_size=config.plan.world_size,
+        log_dir=folder / layout.LOGS,
+        threads_per_rank=plan.threads_per_rank,
+        world_sizes=sizes,
+        capacity_file=folder / layout.WORKERS if len(sizes) > 1 else None,
+        watch=WatchPolicy(
+            hang_timeout_s=recovery.quiet_s(config.collective_timeout_s),
+            startup_timeout_s=recovery.startup_timeout_s,
+            straggler_factor=recovery.straggler_factor,
+            straggler_window=recovery.straggler_window,
+        ),
+    )
+
+
+def _policy(config: TrainConfig) -> RestartPolicy:
+    recovery = config.recovery
+    return RestartPolicy(
+        max_restarts=config.max_restarts,
+        seed=config.seed,
+        window_s=recovery.restart_window_s,
+        capacity_timeout_s=recovery.capacity_timeout_s,
+    )
 
 
 def _version_tags(plan: TrainPlan, step: int) -> dict[str, str]:

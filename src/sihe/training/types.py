@@ -75,7 +75,29 @@ class CheckpointSkipped:
     reason: str
 
 
-WorkerEvent = AttemptReady | StepDone | CheckpointSaved | CheckpointSkipped
+@dataclass(frozen=True)
+class StepRejected:
+    """The loss or gradient norm of a step is no number, or a spike: the run goes back to its newest checkpoint."""
+
+    attempt: int
+    step: int
+    loss: float
+    grad_norm: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepsSkipped:
+    """Samples [`first_sample`, `next_sample`), which were those of `step`, are left out of the run from now on."""
+
+    attempt: int
+    step: int
+    first_sample: int
+    next_sample: int
+    reason: str
+
+
+WorkerEvent = AttemptReady | StepDone | CheckpointSaved | CheckpointSkipped | StepRejected | StepsSkipped
 TrainEvent = RunOpened | WorkerEvent | JobEvent
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sihe.cluster.launchers.rank import supervised
+from sihe.cluster.launchers.rank import EXIT_LEFT, supervised
 from sihe.core.allocator import keep_freed_memory
 
 
@@ -20,7 +20,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     prepare_process()
     with joined(TrainPlan.read(folder / layout.PLAN).config.collective_timeout_s) as ranks:
-        TrainLoop(folder, ranks).run()
+        is_done = TrainLoop(folder, ranks).run()
+    if not is_done:
+        raise SystemExit(EXIT_LEFT)
 
 
 def prepare_process() -> None:
