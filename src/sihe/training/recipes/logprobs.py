@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens, and divergences of next-token distributions, without the logits of a whole batch.
+"""Log-probabilities of given tokens, and divergences of next tokens, without the logits of a whole batch.
 
-    B  batch      T  time      D  hidden      V  vocabulary      M  tokens of the batch (B * T)      C  tokens of a chunk
+    B  batch      T  time      D  hidden      V  vocabulary      M  tokens (B * T)      C  tokens of a chunk
 
 One chunk's logits live at a time, forward and backward: the backward pass computes them again from the hidden states,
 which costs one more product with the head and saves [M, V] numbers.
@@ -88,6 +88,6 @@ def chunked_divergence(
 
     parts = [
         checkpoint(of_chunk, student_CD, student_head_VD, teacher_CD, use_reentrant=False)
-        for student_CD, teacher_CD in zip(student_MD.split(chunk), teacher_MD.split(chunk), strict=True)
+        for student_CD, teacher_CD in zip(torch.split(student_MD, chunk), torch.split(teacher_MD, chunk), strict=True)
     ]
     return torch.cat(parts).view(student_BTD.shape[:2])

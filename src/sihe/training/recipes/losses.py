@@ -60,7 +60,7 @@ def kto(
 
     Needs no pairs: the arguments are log-ratios (sums over tokens) of completions with a thumb up or down.
     `divergence` is the estimate of KL(policy, reference) that gains and losses are measured from; it takes no part in
-    the gradient and counts as zero where the estimate is negative (Ethayarajh et al. 2024, arXiv 2402.01306, section 4).
+    the gradient and counts as zero where it is negative (Ethayarajh et al. 2024, arXiv 2402.01306, section 4).
     """
     origin = divergence.detach().clamp(min=0)
     gains_B = desirable_weight * (1 - torch.sigmoid(beta * (desirable_B - origin)))

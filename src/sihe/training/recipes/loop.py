@@ -1,0 +1,109 @@
+"""The loop that every stage of every recipe runs: loss, gradients summed over ranks, update, measurement, checkpoint.
+
+An objective gives a sum over its items and how many they are, so that the step is the same however the global batch
+is shared out over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from sihe.training.errors import Diverged
+from sihe.training.gradients import GradientBuffer
+from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+from sihe.training.ranks import Ranks
+from sihe.training.recipes.config import Update
+from sihe.training.recipes.types import Measured, RecipeEvent, StageStep
+from sihe.training.schedule import CosineSchedule
+
+if TYPE_CHECKING:
+    from sihe.training.checkpoint import Checkpoints
+    from sihe.training.recipes.ports import Objective
+
+
+class StageLoop:
+    """Trains one objective to its last step, from its newest checkpoint where there is one."""
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        update: Update,
+        ranks: Ranks,
+        *,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 100,
+        on_event: Callable[[RecipeEvent], None] = lambda _event: None,
+    ) -> None:
+        self._name = name
+        self._objective = objective
+        self._update = update
+        self._ranks = ranks
+        self._checkpoints = checkpoints
+        self._every = checkpoint_every
+        self._on_event = on_event
+        self._gradients = GradientBuffer(objective.module.parameters())
+        self._optimizer = MasterAdamW(
+            objective.module, OptimizerConfig(weight_decay=update.weight_decay, clip_norm=update.clip_norm)
+        )
+        self._schedule = CosineSchedule(
+            peak_lr=update.peak_lr,
+            warmup_steps=update.warmup_steps,
+            total_steps=update.steps,
+            min_ratio=update.min_lr_ratio,
+        )
+
+    def run(self) -> None:
+        """Trains. Raises `Diverged`."""
+        done = self._resume()
+        if done == 0:
+            self._measure(0)
+        for step in range(done + 1, self._update.steps + 1):
+            self._on_event(StageStep(self._name, step, self.step(step - 1)))
+            if step % self._update.eval_every == 0 or step == self._update.steps:
+                self._measure(step)
+            if step % self._every == 0 or step == self._update.steps:
+                self._save(step)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update; its metrics as means over the global batch. The gradients stay until the next."""
+        self._gradients.zero_()
+        terms = self._objective.terms(step)
+        if terms.weight > 0:
+            terms.loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        sums = {"loss": float(terms.loss.detach()), **terms.metrics}
+        shared = self._ranks.sum_(torch.tensor([*sums.values(), terms.weight], dtype=torch.float64)).tolist()
+        weight = max(shared[-1], 1e-12)
+        self._ranks.sum_(self._gradients.flat)
+        self._gradients.flat.mul_(1 / weight)
+        lr = self._schedule.at(step)
+        norm = self._optimizer.step(lr)
+        means = {name: value / weight for name, value in zip(sums, shared, strict=False)}
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            raise Diverged(step + 1, means["loss"], norm)
+        return {**means, "grad_norm": norm, "lr": lr}
+
+    def _measure(self, step: int) -> None:
+        if self._ranks.is_first:
+            with torch.no_grad():
+                metrics: Mapping[str, float] = self._objective.measure()
+            self._on_event(Measured(self._name, step, metrics))
+
+    def _save(self, step: int) -> None:
+        if self._checkpoints is not None and self._ranks.is_first:
+            self._checkpoints.save(step, 0, self._objective.module, self._optimizer)
+
+    def _resume(self) -> int:
+        """The step of the newest valid checkpoint, loaded; 0 without one."""
+        if self._checkpoints is None:
+            return 0
+        newest = self._checkpoints.newest(lambda _skipped: None) if self._ranks.is_first else None
+        step = self._ranks.from_first(newest.step if newest else 0)
+        if step == 0:
+            return 0
+        (newest or self._checkpoints.at(step)).load_into(self._objective.module, self._optimizer)
+        return step
