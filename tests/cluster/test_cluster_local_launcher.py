@@ -7,28 +7,41 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sihe.cluster.errors import JobStopped, RanksLost
+from sihe.cluster.errors import JobStopped, NotEnoughSlots, RanksLost
 from sihe.cluster.launchers.local import LocalLauncher
-from sihe.cluster.types import JobEvent, ProcessJob, RankFailed, RanksStarted, Restarting, RestartPolicy
+from sihe.cluster.types import (
+    JobEvent,
+    ProcessJob,
+    RankFailed,
+    RankHung,
+    RanksStarted,
+    Restarting,
+    RestartPolicy,
+    WatchPolicy,
+    WorkersChanged,
+)
 from sihe.core.errors import CorruptData, NoSpace
+from support.training_runs import python_path
 
-TESTS = Path(__file__).parents[1]
 AT_ONCE = RestartPolicy(max_restarts=2, first_delay_s=0)
 
 
-def job_of(fate: str, folder: Path, world_size: int = 2) -> ProcessJob:
-    return ProcessJob(
+def job_of(fate: str, folder: Path, world_size: int = 2, **changes: Any) -> ProcessJob:
+    job = ProcessJob(
         name=fate,
         module="support.ranks",
         args=(fate, str(folder)),
         world_size=world_size,
         log_dir=folder / "logs",
-        env={"PYTHONPATH": str(TESTS)},
+        env={"PYTHONPATH": python_path()},
     )
+    return replace(job, **changes)
 
 
 def is_alive(pid: int) -> bool:
@@ -169,7 +182,7 @@ LocalLauncher().run(job, RestartPolicy(), on_event=lambda event: print(*event.pi
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(tmp_path), str(TESTS)],
+        [sys.executable, "-c", LAUNCH, str(tmp_path), python_path()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,6 +205,92 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -
         assert launcher.returncode == 1
         assert f"stopped by {signum.name}" in errors
         assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_spent_budget_stays_spent(tmp_path: Path) -> None:
+    for _ in range(2):
+        events: list[JobEvent] = []
+        with pytest.raises(RanksLost, match=r"gave up after 2 restarts.*SIGKILL") as caught:
+            LocalLauncher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
+        assert caught.value.log.is_file()
+    assert events == [], "another launcher starts nothing"
+    with pytest.raises(RanksLost, match="gave up after 3 restarts"):
+        LocalLauncher().run(job_of("always-killed", tmp_path, 1), replace(AT_ONCE, max_restarts=3))
+
+
+# ---- hanging ------------------------------------------------------------------------------------------------------
+
+IMPATIENT = WatchPolicy(hang_timeout_s=1.0, startup_timeout_s=200)
+
+
+@pytest.mark.parametrize("fate", ["stops-once", "gets-stuck-once"])
+def test_a_hung_rank_is_shown_and_replaced(tmp_path: Path, fate: str) -> None:
+    events: list[JobEvent] = []
+    job = job_of(fate, tmp_path, watch=IMPATIENT)
+    assert LocalLauncher().run(job, AT_ONCE, on_event=events.append) == 1
+    started, hung, restarting, _ = events
+    assert isinstance(started, RanksStarted)
+    assert isinstance(hung, RankHung)
+    assert isinstance(restarting, Restarting)
+    assert (hung.rank, hung.step, hung.pid) == (1, 3, started.pids[1])
+    assert hung.seconds >= 1
+    assert not any(is_alive(pid) for pid in started.pids)
+    own, other = (hung.stacks.read_text(), (hung.stacks.parents[1] / "rank-0" / "stacks.log").read_text())
+    assert "wait_forever" in other, "the rank that waits shows where"
+    if fate == "stops-once":
+        assert hung.state == "T (stopped)"
+        assert "it cannot answer" in own
+    else:
+        assert "wait_forever" in own
+        assert "S (sleeping)" in own
+
+
+def test_a_job_without_heartbeats_is_not_watched(tmp_path: Path) -> None:
+    launcher = LocalLauncher()
+    ticks: list[int] = []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) > 30:
+            launcher.stop()
+
+    with pytest.raises(JobStopped):
+        launcher.run(job_of("waits", tmp_path), AT_ONCE, on_tick=tick)
+
+
+# ---- elastic ------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_leave_for_another_number_and_it_costs_no_restart(tmp_path: Path) -> None:
+    slots = [2]
+    events: list[JobEvent] = []
+
+    def on_tick() -> None:
+        if (tmp_path / "world-2").exists():
+            slots[0] = 3
+
+    job = job_of("leaves-when-asked", tmp_path, 4, world_sizes=(2, 3, 4))
+    launcher = LocalLauncher(capacity=lambda: slots[0])
+    policy = replace(AT_ONCE, max_restarts=0)
+    assert launcher.run(job, policy, on_event=events.append, on_tick=on_tick) == 0
+    changes = [(event.before, event.after) for event in events if isinstance(event, WorkersChanged)]
+    assert changes == [(4, 2), (2, 3)]
+    assert [len(event.pids) for event in events if isinstance(event, RanksStarted)] == [2, 3]
+    assert not (tmp_path / "world-4").exists()
+
+
+def test_who_leaves_unasked_uses_the_budget(tmp_path: Path) -> None:
+    with pytest.raises(RanksLost, match="exited with code 75"):
+        LocalLauncher().run(job_of("leaves-unasked", tmp_path, 1), replace(AT_ONCE, max_restarts=0))
+
+
+def test_too_few_slots(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("1")
+    job = job_of("ends", tmp_path, 2, capacity_file=tmp_path / "workers")
+    with pytest.raises(NotEnoughSlots, match=r"at least 2 workers.*room for 1"):
+        LocalLauncher().run(job, replace(AT_ONCE, capacity_timeout_s=0))
+    (tmp_path / "workers").unlink()
+    assert LocalLauncher().run(job, AT_ONCE) == 0
 
 
 def test_delays_grow_and_stay_bounded() -> None:

@@ -8,7 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from sihe.cluster.launchers.rank import supervised
+from sihe.cluster.heartbeats import Heartbeat
+from sihe.cluster.launchers.rank import EXIT_LEFT, supervised
 from sihe.core.errors import CorruptData
 from sihe.core.files import disk_errors
 
@@ -65,8 +66,36 @@ def main() -> None:
             signal.pause()
     elif fate == "sums":
         sums()
+    elif fate in ("stops-once", "gets-stuck-once"):
+        hangs_once(fate)
+    elif fate == "leaves-when-asked":
+        leaves_when_asked()
+    elif fate == "leaves-unasked":
+        sys.exit(EXIT_LEFT)
     else:
         raise ValueError(fate)
+
+
+def hangs_once(fate: str) -> None:
+    """Rank 1 comes to step 3 and no further, the others wait for it in step 4."""
+    heartbeat = Heartbeat.from_environment()
+    for step in range(1, 4 if RANK == 1 else 5):
+        heartbeat.beat(step)
+    if first_time(f"hung-{RANK}"):
+        if fate == "stops-once" and RANK == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        wait_forever()
+
+
+def leaves_when_asked() -> None:
+    """Works until it is wanted in another number; with three ranks there is nothing left to do."""
+    heartbeat = Heartbeat.from_environment()
+    world_size = int(os.environ["WORLD_SIZE"])
+    (FOLDER / f"world-{world_size}").touch()
+    while world_size != 3:
+        heartbeat.beat(1)
+        if heartbeat.is_leave_wanted:
+            sys.exit(EXIT_LEFT)
 
 
 def sums() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class DoomedLauncher:
         on_event: Callable[[JobEvent], None] | None = None,
         on_tick: Callable[[], None] | None = None,
     ) -> int:
-        env = {"DOOM": self.doom, "DOOM_FOLDER": str(self.folder), "PYTHONPATH": str(TESTS)}
+        env = {"DOOM": self.doom, "DOOM_FOLDER": str(self.folder), "PYTHONPATH": python_path()}
         doomed = replace(job, module="support.doomed_ranks", env=env)
         return LocalLauncher(grace_s=1).run(
             doomed, replace(policy, first_delay_s=0), on_event=on_event, on_tick=on_tick
@@ -61,6 +62,11 @@ class DoomedLauncher:
 
     def stop(self) -> None:
         raise NotImplementedError
+
+
+def python_path() -> str:
+    """The search path of a rank that needs the tests' modules beside what this process has."""
+    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
 
 
 def steps_of(folder: Path) -> list[StepDone]:

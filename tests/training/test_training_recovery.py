@@ -26,7 +26,7 @@ from sihe.training.service import TrainingService
 from sihe.training.step import samples_digest
 from sihe.training.types import AttemptReady, CheckpointSkipped, RunOpened, TrainEvent, TrainResult
 from support.tokens import make_dataset
-from support.training_runs import TESTS, DoomedLauncher, series, small_config, steps_of
+from support.training_runs import DoomedLauncher, python_path, series, small_config, steps_of
 
 
 def open_workspace(folder: Path) -> Workspace:
@@ -128,7 +128,7 @@ def test_a_killed_supervisor(reference: tuple[Workspace, TrainResult], dataset: 
     """All processes are gone in step 7; the same call goes on under the same run."""
     home = tmp_path / "home"
     command = [sys.executable, "-c", SUPERVISE, str(home), str(dataset), "orphan:1:6"]
-    killed = subprocess.run(command, env={"PYTHONPATH": str(TESTS)}, capture_output=True, timeout=200, check=False)
+    killed = subprocess.run(command, env={"PYTHONPATH": python_path()}, capture_output=True, timeout=200, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with open_workspace(home) as workspace:
         service = TrainingService(workspace)
