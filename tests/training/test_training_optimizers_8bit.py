@@ -29,14 +29,17 @@ def test_all_256_codes_are_different_values(is_signed: bool) -> None:
 @pytest.mark.parametrize("is_signed", [True, False])
 @pytest.mark.parametrize("shape", [(4, 256), (3, 5, 41), (1,), (0, 7)])
 def test_errors_are_within_half_a_gap_of_the_map(is_signed: bool, shape: tuple[int, ...]) -> None:
-    """The decade [0.1, 1] has 64 signed values (0.9 / 64 apart), or 128 squares; below it the gap shrinks along."""
+    """The decade [0.1, 1] has 64 signed values (0.9 / 64 apart), or 128 squares; below it the gap shrinks along.
+
+    The bins by which codes are looked up add 2^-10 of the number.
+    """
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = values if is_signed else values.square()
     got, _, _ = there_and_back(values, is_signed=is_signed)
     flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     largest = flat.abs().amax(dim=1, keepdim=True).expand_as(flat).flatten()[: values.numel()].view(shape)
     half_a_gap = 0.9 / (64 if is_signed else 128) / 2
-    assert bool(((got - values).abs() <= 1.05 * half_a_gap * largest + 1e-12).all())
+    assert bool(((got - values).abs() <= 1.15 * half_a_gap * largest + 1e-12).all())
 
 
 @settings(max_examples=60, deadline=None)
