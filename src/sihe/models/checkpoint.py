@@ -27,6 +27,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Block, Decoder, empty_decoder
 from sihe.models.errors import CheckpointMismatch
 from sihe.models.mlp import GatedMLP
+from sihe.models.moe import MixtureOfExperts
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -85,8 +86,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
             if tuple(tensor.shape) != slot.shape:
                 reason = f"has shape {list(tensor.shape)}, and {CONFIG} asks for {list(slot.shape)}"
                 raise CheckpointMismatch(folder, slot.name, reason)
-            if not tensor.is_floating_point():
-                raise CheckpointMismatch(folder, slot.name, f"holds {tensor.dtype}, not floating-point numbers")
+            if tensor.is_floating_point() != slot.view.is_floating_point():
+                kind = "floating-point" if slot.view.is_floating_point() else "whole"
+                raise CheckpointMismatch(folder, slot.name, f"holds {tensor.dtype}, not {kind} numbers")
             with torch.no_grad():
                 slot.view.copy_(tensor.reshape(slot.view.shape))
         for name, file in found.items():
@@ -107,7 +109,10 @@ def _slots(model: Decoder) -> Iterator[_Slot]:
         yield _whole(f"{prefix}.input_layernorm.weight", block.attention_norm.weight)
         yield from _attention_slots(f"{prefix}.self_attn", block.attention)
         yield _whole(f"{prefix}.post_attention_layernorm.weight", block.mlp_norm.weight)
-        yield from _mlp_slots(f"{prefix}.mlp", block.mlp)
+        if isinstance(block.mlp, MixtureOfExperts):
+            yield from _mixture_slots(f"{prefix}.block_sparse_moe", block.mlp)
+        else:
+            yield from _mlp_slots(f"{prefix}.mlp", block.mlp)
     yield _whole("model.norm.weight", model.norm.weight)
     if model.head is not None:
         yield _whole("lm_head.weight", model.head.weight)
@@ -127,6 +132,19 @@ def _mlp_slots(prefix: str, mlp: GatedMLP) -> Iterator[_Slot]:
     yield _whole(f"{prefix}.gate_proj.weight", gate)
     yield _whole(f"{prefix}.up_proj.weight", up)
     yield _whole(f"{prefix}.down_proj.weight", mlp.down.weight)
+
+
+def _mixture_slots(prefix: str, mixture: MixtureOfExperts) -> Iterator[_Slot]:
+    yield _whole(f"{prefix}.gate.weight", mixture.router.weight)
+    for expert in range(mixture.num_experts):
+        gate, up = mixture.gate_up[expert]
+        yield _whole(f"{prefix}.experts.{expert}.w1.weight", gate)
+        yield _whole(f"{prefix}.experts.{expert}.w2.weight", mixture.down[expert])
+        yield _whole(f"{prefix}.experts.{expert}.w3.weight", up)
+    if mixture.shared is not None:
+        yield from _mlp_slots(f"{prefix}.shared_expert", mixture.shared)
+    if mixture.balance_steps is not None:
+        yield _whole(f"{prefix}.gate.balance_steps", mixture.balance_steps)
 
 
 def _whole(name: str, weight: Tensor) -> _Slot:

@@ -17,11 +17,13 @@ from sihe.models.attention import Attention
 from sihe.models.config import ModelConfig
 from sihe.models.loss import cross_entropy
 from sihe.models.mlp import GatedMLP
+from sihe.models.moe import MixtureOfExperts, balance_loss, mixtures
 from sihe.models.norm import RMSNorm
 from sihe.models.ports import Attend
 from sihe.models.rope import RotaryTable, Rotation
 
 _INIT_STD = 0.02  # Radford et al. 2019 (GPT-2), as is the scale of the layers that write to the residual stream
+_WRITERS = ("attention.out.weight", "mlp.down.weight", "mlp.down", "mlp.shared.down.weight")
 
 
 class Block(nn.Module):
@@ -32,7 +34,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else GatedMLP(config)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend | None = None) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -55,11 +57,13 @@ class Decoder(nn.Module):
 
     def initialise(self) -> None:
         """Draws every weight anew: normal with deviation 0.02, less by sqrt(2 L) where a layer writes to the stream."""
+        for mixture in mixtures(self):
+            mixture.reset()
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 nn.init.ones_(weight)
             else:
-                writes = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                writes = name.endswith(_WRITERS)
                 nn.init.normal_(weight, std=_INIT_STD / (2 * self.config.num_layers) ** 0.5 if writes else _INIT_STD)
 
     @property
@@ -93,10 +97,13 @@ class Decoder(nn.Module):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the targets' negative log-likelihood in nats (float32), and how many targets count.
 
-        Targets below 0 are left out. Cheaper than `forward` and a cross-entropy: no [B, T, V] tensor exists.
+        Targets below 0 are left out. Cheaper than `forward` and a cross-entropy: no [B, T, V] tensor exists. While
+        gradients are recorded, the sum has a mixture's balance in it, times the count (see `moe.balance_loss`).
         """
         nll = cross_entropy(self.hidden(tokens_BT), self.head_weight, targets_BT)
-        return nll, (targets_BT >= 0).sum()
+        count = (targets_BT >= 0).sum()
+        balance = balance_loss(self.blocks)
+        return nll if balance is None else nll + balance * count, count
 
 
 def empty_decoder(config: ModelConfig) -> Decoder:

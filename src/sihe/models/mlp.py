@@ -24,16 +24,22 @@ class GateUp(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), `config.intermediate_size` wide unless told otherwise."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
-        self.gate_up = GateUp(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = intermediate_size or config.intermediate_size
+        self.gate_up = GateUp(config.hidden_size, width)
+        self.down = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
-        return self.down(_SwiGLU.apply(self.gate_up(x_BTD)))  # type: ignore[no-untyped-call]  # torch's own
+        return self.down(swiglu(self.gate_up(x_BTD)))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [..., gate | up] → [..., half as many]."""
+    return _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]  # torch's own
 
 
 class _SwiGLU(torch.autograd.Function):
