@@ -48,7 +48,7 @@ class BucketSum(Protocol):
     """How one bucket of gradients is summed over ranks."""
 
     def start(self, bucket: Tensor, parameters: list[nn.Parameter]) -> PendingSum:
-        """Begins to replace `bucket`, the gradients of `parameters`, by its sum; the bucket is not touched until then."""
+        """Begins to replace `bucket`, the gradients of `parameters`, by its sum; nobody else touches it until then."""
         ...
 
 

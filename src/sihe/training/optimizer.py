@@ -161,7 +161,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def loaded(self, steps: int) -> None:
-        """To be called after the tensors of `state_tensors` were overwritten in place with those after `steps` steps."""
+        """To be called when the tensors of `state_tensors` were overwritten in place with those after `steps` steps."""
         self._steps = steps
         for slot in self._slots:
             slot.step.fill_(steps)
@@ -185,9 +185,13 @@ class MasterAdamW:
         if rounded:
             weights = [slot.held.own_rows(slot.held.local) for slot in rounded]
             torch._foreach_copy_(weights, [slot.master for slot in rounded])
-        by_rows = [slot.held for slot in slots if slot.held.rows is not None]
-        if by_rows and by_rows[0].rows is not None:
-            gather_rows([held.local for held in by_rows], by_rows[0].rows)
+        by_axis: dict[str, list[Held]] = {}
+        for slot in slots:
+            if slot.held.rows is not None:
+                by_axis.setdefault(slot.held.rows.name, []).append(slot.held)
+        for held in by_axis.values():
+            assert held[0].rows is not None
+            gather_rows([each.local for each in held], held[0].rows)
 
     def _update(self, slots: list[_Slot], grads: list[Tensor], lr: float, *, decays: bool) -> None:
         if not slots:

@@ -14,25 +14,31 @@ The order is not free:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from sihe.models.loss import cross_entropy
+from sihe.models.moe import mixtures
 from sihe.training.gradients import GradientBuffer, GradientSum
 from sihe.training.parallel.compression import bucket_sum
 from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
+from sihe.training.parallel.expert import cut_experts
 from sihe.training.parallel.held import Cut, Held
+from sihe.training.parallel.pipeline import Pipeline
 from sihe.training.parallel.plan import ParallelPlan
+from sihe.training.parallel.stage import Stage
 from sihe.training.parallel.tensor import cut_block
 from sihe.training.parallel.vocabulary import VocabularyEmbedding, cut_vocabulary, vocabulary_cross_entropy
 from sihe.training.parallel.zero import shard_states
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from sihe.models.decoder import Decoder
     from sihe.training.parallel.mesh import Axis, ParallelMesh
 
@@ -47,20 +53,29 @@ class ParallelModel:
     def __init__(self, model: Decoder, mesh: ParallelMesh | None = None, *, dtype: torch.dtype = torch.float32) -> None:
         self.mesh = mesh
         self.plan = mesh.plan if mesh else ParallelPlan()
-        self.model = model
-        cuts = self._cut()
-        self._buffer: GradientBuffer | None = None
+        self.pipeline = Pipeline(model, mesh, dtype=dtype) if mesh is not None and self.plan.pp > 1 else None
+        whole = range(model.config.num_layers)
+        self.stages = self.pipeline.stages if self.pipeline else [Stage(model, whole, sequence_parts=self.plan.tp)]
+        cuts: dict[nn.Parameter, tuple[Cut, ...]] = {}
+        for stage in self.stages:
+            for weight, cut in self._cut(stage):
+                cuts[weight] = (*cuts.get(weight, ()), cut)
+        experts = (
+            [w for stage in self.stages for m in mixtures(stage) for w in (m.gate_up, m.down)]
+            if self.plan.ep > 1
+            else []
+        )
+        before = [parameter for _, parameter, _ in self._named_parameters()]
+        self._spread_states(experts, dtype)
+        self.held: list[Held] = []
+        # FSDP has put other parameters in the same places.
+        for origin, (name, parameter, is_copy) in zip(before, self._named_parameters(), strict=True):
+            is_expert = any(origin is expert for expert in experts)
+            rows = self._row_axis(is_expert=is_expert)
+            self.held.append(Held(name, parameter, cuts.get(origin, ()), is_expert, is_copy, rows))
+        self._buffers: list[GradientBuffer] = []
         self._sums: list[GradientSum] = []
-        if mesh is not None and self.plan.zero >= 2:
-            shard_states(list(model.blocks), model, mesh, dtype, experts=[])
-            register_fsdp_forward_method(model, "hidden")
-        else:
-            model.to(dtype)
-            self._buffer = GradientBuffer(model.parameters())
-            if mesh is not None and mesh["data"].size > 1:
-                self._sums = [GradientSum(self._buffer, bucket_sum(self.plan, mesh["data"].group))]
-        rows = mesh["sharded"] if mesh is not None and self.plan.zero == 1 else None
-        self.held = [Held(n, p, cuts=cuts.get(n, ()), rows=rows) for n, p in model.named_parameters()]
+        self._buffer_gradients()
 
     @property
     def batch_rank(self) -> int:
@@ -74,61 +89,117 @@ class ParallelModel:
 
     def zero_grad(self) -> None:
         """Starts new gradients."""
-        if self._buffer is not None:
-            self._buffer.zero_()
-        else:
-            for held in self.held:
+        for buffer in self._buffers:
+            buffer.zero_()
+        for held in self.held:
+            if isinstance(held.parameter, DTensor):
                 held.parameter.grad = None
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, *, is_last: bool) -> Tensor:
-        """Adds the gradients of `scale` times the loss of one micro-batch; this rank's summand of the loss.
+        """Adds the gradients of `scale` times the summed loss of a micro-batch (of `plan.microbatches`, in a pipeline).
 
-        With `is_last`, gradients are summed over the data ranks on the way.
+        Gives this rank's summand of that loss. With `is_last`, gradients are summed over the data ranks on the way.
         """
-        overlapped = self._sums[0].during_backward() if is_last and len(self._sums) == 1 else nullcontext()
-        loss = self._loss(tokens_BT, targets_BT)
-        with overlapped:
-            (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        is_counted = self.mesh is None or self.mesh["tp"].rank == 0
+        positions_BT = None
+        if self.mesh is not None and self.plan.cp > 1:
+            cp = self.mesh["cp"]
+            positions_BT = positions_of_share(tokens_BT.shape[1], cp)
+            tokens_BT, targets_BT = share_of_sequence(tokens_BT, cp), share_of_sequence(targets_BT, cp)
+        if self.pipeline is not None:
+            loss = self.pipeline.step(tokens_BT, targets_BT, scale, positions_BT=positions_BT)
+            if is_last:
+                for gradient_sum in self._sums:  # a schedule goes through a parameter many times: not before its end
+                    gradient_sum.finish()
+        else:
+            loss = self.stages[0](tokens_BT, targets_BT=targets_BT, positions_BT=positions_BT)
+            with ExitStack() as summing:
+                if is_last:
+                    for gradient_sum in self._sums:
+                        summing.enter_context(gradient_sum.during_backward())
+                (loss * scale).backward()
+        is_counted = self.mesh is None or self.mesh["tp"].rank == self.mesh["pp"].rank == 0
         return loss.detach() * is_counted
 
     @torch.no_grad()
     def finish_gradients(self, factor: float) -> None:
         """Sums what the backward passes left to sum, and multiplies all gradients by `factor`."""
-        if self.mesh is not None and self.plan.tp > 1:
-            grads = [grad for held in self.held if not held.cuts and (grad := held.local_grad) is not None]
-            _sum_together(grads, self.mesh["tp"])
+        if self.mesh is not None:
+            if self.plan.ep > 1 and self.plan.cp > 1:
+                experts = [held for held in self.held if held.is_expert and not isinstance(held.parameter, DTensor)]
+                _sum_together(_gradients(experts), self.mesh["cp"])
+            if self.plan.tp > 1:
+                _sum_together(_gradients(held for held in self.held if not held.cuts), self.mesh["tp"])
+            if self.pipeline is not None:
+                self.pipeline.sum_tied_gradients()
         if factor != 1:
-            torch._foreach_mul_([grad for held in self.held if (grad := held.local_grad) is not None], factor)
+            torch._foreach_mul_(_gradients(self.held), factor)
 
-    def _cut(self) -> dict[str, tuple[Cut, ...]]:
-        """Replaces weights by this rank's shares; by name, how."""
-        if self.mesh is None or self.plan.tp == 1:
-            return {}
-        axis, model = self.mesh["tp"], self.model
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        cuts = [found for block in model.blocks for found in cut_block(block, axis)]
-        cuts.append((model.embedding.weight, cut_vocabulary(model.embedding.weight, axis)))
-        if model.head is not None:
-            cuts.append((model.head.weight, cut_vocabulary(model.head.weight, axis)))
-        model.embedding = VocabularyEmbedding(model.embedding, axis)
-        return {names[parameter]: (cut,) for parameter, cut in cuts}
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Name in the whole model, parameter, and whether another stage owns it."""
+        if self.pipeline is not None:
+            return self.pipeline.named_parameters()
+        return ((name, parameter, False) for name, parameter in self.stages[0].named_parameters())
 
-    def _loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The loss of this rank's tokens; of those that several ranks of `tp` have, each has it all."""
-        positions_BT = attend = None
-        if self.mesh is not None and self.plan.cp > 1:
-            cp = self.mesh["cp"]
-            positions_BT, attend = positions_of_share(tokens_BT.shape[1], cp), ContextAttention(cp)
-            tokens_BT, targets_BT = share_of_sequence(tokens_BT, cp), share_of_sequence(targets_BT, cp)
-        x_BTD = self.model.hidden(tokens_BT, positions_BT, attend)
-        if self.mesh is not None and self.plan.tp > 1:
-            return vocabulary_cross_entropy(x_BTD, self.model.head_weight, targets_BT, self.mesh["tp"])
-        return cross_entropy(x_BTD, self.model.head_weight, targets_BT)
+    def _cut(self, stage: Stage) -> Iterator[tuple[nn.Parameter, Cut]]:
+        """Replaces the weights of one stage by this rank's shares; each share with its cut."""
+        if self.mesh is None:
+            return
+        for block in stage.blocks.values():
+            if self.plan.ep > 1:
+                yield from cut_experts(block, self.mesh["ep"])
+            if self.plan.tp > 1:
+                yield from cut_block(block, self.mesh["tp"])
+        if self.plan.tp > 1:
+            axis = self.mesh["tp"]
+            for module in (stage.embedding, stage.head):
+                if module is not None:
+                    yield module.weight, cut_vocabulary(module.weight, axis)
+            if stage.embedding is not None:
+                stage.embedding = VocabularyEmbedding(stage.embedding, axis)
+            stage.criterion = partial(vocabulary_cross_entropy, axis=axis)
+        if self.plan.cp > 1:
+            stage.attend = ContextAttention(self.mesh["cp"])
+
+    def _spread_states(self, experts: list[nn.Parameter], dtype: torch.dtype) -> None:
+        """Shards weights over data ranks, or leaves each rank its own in `dtype`."""
+        for stage in self.stages:
+            if self.mesh is not None and self.plan.zero >= 2:
+                shard_states([*stage.blocks.values()], stage, self.mesh, dtype, experts)
+            else:
+                stage.to(dtype)
+            for mixture in mixtures(stage):
+                # Experts that no other rank holds are not sharded, and are not cast by FSDP either.
+                for weight in (mixture.gate_up, mixture.down):
+                    if not isinstance(weight, DTensor):
+                        weight.data = weight.data.to(dtype)
+
+    def _row_axis(self, *, is_expert: bool) -> Axis | None:
+        """Over which ranks the optimizer's states of a weight are shared out by rows."""
+        if self.mesh is None or self.plan.zero != 1:
+            return None
+        axis = self.mesh["replica" if is_expert else "sharded"]
+        return axis if axis.size > 1 else None
+
+    def _buffer_gradients(self) -> None:
+        """Flat memory for the gradients that FSDP does not make, and their sums over ranks."""
+        plain = [held for held in self.held if not isinstance(held.parameter, DTensor)]
+        for is_expert, name in ((False, "data"), (True, "replica")):
+            parameters = [held.parameter for held in plain if held.is_expert is is_expert]
+            if parameters:
+                self._buffers.append(GradientBuffer(parameters))
+                if self.mesh is not None and self.mesh[name].size > 1:
+                    bucket = bucket_sum(self.plan, self.mesh[name].group)
+                    self._sums.append(GradientSum(self._buffers[-1], bucket))
+
+
+def _gradients(held: Iterable[Held]) -> list[Tensor]:
+    return [grad for each in held if (grad := each.local_grad) is not None]
 
 
 def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
     """Replaces each tensor by its sum over the ranks of `axis`, in one message."""
+    if not tensors:
+        return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=axis.group)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

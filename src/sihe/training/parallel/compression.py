@@ -47,7 +47,7 @@ class HalfSum:
         return _Widened(work, small, bucket, scale)
 
     def _scale(self, bucket: Tensor) -> float:
-        """A power of two that brings the sum's largest number near the top of fp16's range, whose steps are finest there."""
+        """A power of two that brings the largest sum near the top of fp16's range, lest small numbers vanish."""
         if self._dtype != torch.float16:
             return 1.0
         largest = bucket.abs().amax()
@@ -110,7 +110,7 @@ class PowerSum:
         return _Done()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What must be kept for the next step, in the order of the parameters: right factors, and this rank's errors."""
+        """What the next step needs, in the order of the parameters: right factors, and this rank's errors."""
         tensors = {}
         for number, state in enumerate(self._states.values()):
             tensors |= {f"right.{number}": state.right_NR, f"error.{number}": state.error_MN}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 if TYPE_CHECKING:
@@ -99,17 +99,17 @@ class Held:
         whole_shape = local_shape.copy()
         for cut in self.cuts:
             whole_shape[cut.dim] *= cut.axis.size
-        # The cuts were made before the rows were shared out, so that these alternate between the parts of a cut.
-        parts_of_rows = whole_shape[0] // local_shape[0]
-        rows: Placement = Shard(0) if parts_of_rows == 1 else _StridedShard(0, split_factor=parts_of_rows)
         if sharded is not None:
-            names = sharded.device_mesh.mesh_dim_names or ()
-            places |= {
-                n: rows if not p.is_replicate() else Replicate() for n, p in zip(names, sharded.placements, strict=True)
-            }
+            places |= dict(zip(sharded.device_mesh.mesh_dim_names or (), sharded.placements, strict=True))
         elif self.rows is not None:
-            places[self.rows.name] = rows
+            places[self.rows.name] = Shard(0)
         names = tuple(name for name in grid.mesh_dim_names or () if name in places)
+        # A mesh is read from left to right. Rows were shared out after the cuts were made: where their axis stands
+        # before that of a cut through rows, they alternate between its parts.
+        for cut in (cut for cut in self.cuts if cut.dim == 0):
+            for name in names[: names.index(cut.axis.name)]:
+                if places[name].is_shard():
+                    places[name] = _StridedShard(0, split_factor=cut.axis.size)
         return _placed(state, grid[names], [places[name] for name in names], torch.Size(whole_shape))
 
 

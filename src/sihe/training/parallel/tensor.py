@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sihe.core.errors import ConfigError
 from sihe.models.attention import Attention
 from sihe.models.mlp import GatedMLP
+from sihe.models.moe import MixtureOfExperts
 from sihe.training.parallel.held import Cut
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def _dims(module: nn.Module) -> dict[str, int]:
             return {"qkv.weight": 0, "out.weight": 1} | ({"qkv.bias": 0} if module.qkv.bias is not None else {})
         case GatedMLP():
             return {"gate_up.weight": 1, "down.weight": 1}
+        case MixtureOfExperts():
+            return {"gate_up": 2, "down": 2}
         case _:
             return {}
 

@@ -44,13 +44,15 @@ def shard_states(
         inside = [parameter for parameter in block.parameters() if any(parameter is expert for expert in experts)]
         if inside and own_ranks is not None:
             for module in {_owner(block, parameter) for parameter in inside}:
+                # FSDP hangs its backward hook on what the module returns, and wants it not to be a view.
+                module.register_forward_hook(lambda _module, _args, output: output.clone())
                 kept = {p for p in module.parameters() if all(p is not expert for expert in inside)}
                 fully_shard(module, mesh=own_ranks, mp_policy=policy, reshard_after_forward=frees, ignored_params=kept)
             inside = []
         fully_shard(
             block, mesh=_state_mesh(mesh), mp_policy=policy, reshard_after_forward=frees, ignored_params=set(inside)
         )
-    ignored = {expert for expert in experts} if own_ranks is None else set()
+    ignored = set(experts) if own_ranks is None else set()
     fully_shard(root, mesh=_state_mesh(mesh), mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
     for module in root.modules():
         if isinstance(module, FSDPModule):
