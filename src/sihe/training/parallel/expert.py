@@ -81,26 +81,26 @@ class _Route:
     """Rows to each rank."""
     received: list[int]
     """Rows from each rank."""
-    by_expert_R: Tensor
-    """Which of the received rows, by rank and then by expert, stands where once they are sorted by expert alone."""
-    by_rank_R: Tensor
-    """The same, back."""
+    by_expert: Tensor
+    """[R]: which of the received rows, sorted by rank and then by expert, stands where once sorted by expert alone."""
+    by_rank: Tensor
+    """[R]: the same, back."""
 
     @classmethod
     def between(cls, sent_PL: Tensor, received_PL: Tensor, axis: Axis) -> _Route:
         """From how many rows go to, and come from, each rank for each of the receiver's experts."""
         expert_PL = torch.arange(received_PL.shape[1], device=received_PL.device).expand_as(received_PL)
         expert_R = expert_PL.flatten().repeat_interleave(received_PL.flatten())
-        by_expert_R = expert_R.argsort(stable=True)
-        return cls(axis, sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), by_expert_R, by_expert_R.argsort())
+        by_expert = expert_R.argsort(stable=True)
+        return cls(axis, sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), by_expert, by_expert.argsort())
 
     def there(self, x_SD: Tensor) -> Tensor:
         """[S, D] by expert of the whole model → [R, D] by expert of this rank."""
-        return self._exchange(x_SD, self.sent, self.received)[self.by_expert_R]
+        return self._exchange(x_SD, self.sent, self.received)[self.by_expert]
 
     def back(self, y_RD: Tensor) -> Tensor:
         """[R, D] → [S, D]."""
-        return self._exchange(y_RD[self.by_rank_R], self.received, self.sent)
+        return self._exchange(y_RD[self.by_rank], self.received, self.sent)
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         arrived = rows.new_empty(sum(received), *rows.shape[1:])

@@ -8,7 +8,7 @@ A piece keeps the names that its weights have in the whole model, so that checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +68,7 @@ def cut_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0, l
             for end in range(stage + 1, layers - (num_stages - 1 - stage) + 1)
         }
     cut = best[layers][2]
-    return [range(start, end) for start, end in zip(cut, cut[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(cut)]
 
 
 def cut_decoder(model: Decoder, num_stages: int) -> list[range]:
@@ -84,8 +84,8 @@ class Stage(nn.Module):
     """Consecutive layers of a decoder, with its embedding if they are the first and its loss if they are the last.
 
     It takes over the modules of `model`. Where the head is tied to the embedding, the last of several stages gets a
-    `head` of its own, initially a copy (see `copies`). The balance loss of mixtures travels with the hidden states: each
-    stage adds that of its layers, so that the last one has the loss that one process computes.
+    `head` of its own, initially a copy (see `copies`). The balance loss of mixtures travels with the hidden states:
+    each stage adds that of its layers, so that the last one has the loss that one process computes.
     """
 
     def __init__(self, model: Decoder, layers: range, *, sequence_parts: int = 1) -> None:
