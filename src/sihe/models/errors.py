@@ -26,3 +26,14 @@ class CheckpointMismatch(CorruptData):
             path, f"tensor {tensor!r} {reason}", hint="config.json and the weights must come from the same model"
         )
         self.tensor = tensor
+
+
+class UnsupportedAdapter(InvalidInput):
+    """The adapter asks for something that ours do not compute; `key` is the entry of adapter_config.json."""
+
+    def __init__(self, key: str, value: object, supported: str) -> None:
+        super().__init__(
+            f"adapter_config.json asks for {key} = {value!r}, and ours support {supported}: use another adapter"
+        )
+        self.key = key
+        self.value = value
