@@ -26,29 +26,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the grid: its group, its size and this rank's place in it."""
+    """One axis of the grid: its size, this rank's place in it, and the ranks along it, where there are others."""
 
     name: str
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None = None
 
     @property
     def size(self) -> int:
         """Ranks along the axis."""
-        return self.mesh.size()
+        return self.mesh.size() if self.mesh is not None else 1
 
     @property
     def rank(self) -> int:
         """This process's place along the axis."""
-        return self.mesh.get_local_rank()
+        return self.mesh.get_local_rank() if self.mesh is not None else 0
 
     @property
     def group(self) -> ProcessGroup:
-        """The ranks that differ from this one along this axis only."""
+        """The ranks that differ from this one along this axis only, of an axis longer than 1."""
+        assert self.mesh is not None, f"{self.name} has one rank, which needs no group"
         return self.mesh.get_group()
 
 
 class ParallelMesh:
-    """The axes of `plan` over the default process group, which must have exactly its number of ranks.
+    """The axes of `plan`, of more than one rank, over the default process group, which must have just as many.
 
     A collective that waits for a peer longer than `timeout_s` fails.
     """
@@ -68,14 +69,18 @@ class ParallelMesh:
             {"pp": pp, "batch": batch, "cp": cp, "tp": tp},
             {"pp": pp, "data": batch * cp, "tp": tp},
         )
-        meshes = [init_device_mesh(device_type, (*sizes.values(),), mesh_dim_names=(*sizes,)) for sizes in grids]
-        self.axes, self.states, self.experts = meshes[:3]
-        self._by_name = {
-            name: Axis(name, mesh[name]) for mesh in reversed(meshes) for name in mesh.mesh_dim_names or ()
-        }
+        self._by_name = {name: Axis(name) for sizes in grids for name in sizes}
+        meshes = []
+        for sizes in reversed(grids):
+            long = {name: size for name, size in sizes.items() if size > 1}  # a group costs threads and connections
+            mesh = init_device_mesh(device_type, (*long.values(),), mesh_dim_names=(*long,))
+            self._by_name |= {name: Axis(name, mesh[name]) for name in long}
+            meshes.append(mesh)
+        self.axes, self.states, self.experts = reversed(meshes[-3:])
         if timeout_s is not None:
             for axis in self._by_name.values():
-                axis.group.set_timeout(timedelta(seconds=timeout_s))
+                if axis.mesh is not None:
+                    axis.group.set_timeout(timedelta(seconds=timeout_s))
 
     def __getitem__(self, name: str) -> Axis:
         """An axis by its name, of any of the grids: `pp dp shard cp tp sharded replica ep batch data`."""
