@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sihe.cluster.errors import JobStopped
 from sihe.cluster.launchers.local import LocalLauncher
 from sihe.cluster.types import JobEvent, ProcessJob, RestartPolicy
 from sihe.training.config import ModelShape, TrainConfig
+from sihe.training.loop import TrainLoop
 from sihe.training.progress import EventReader
+from sihe.training.ranks import Ranks
 from sihe.training.types import StepDone
 
 TESTS = Path(__file__).parents[1]
@@ -67,6 +70,32 @@ class DoomedLauncher:
 def python_path() -> str:
     """The search path of a rank that needs the tests' modules beside what this process has."""
     return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
+
+
+class InProcess:
+    """A launcher that runs one rank in this process; `stop_first` interrupts the first call before its first step."""
+
+    def __init__(self, *, stop_first: bool = False) -> None:
+        self.jobs: list[ProcessJob] = []
+        self._stop_next = stop_first
+
+    def run(
+        self,
+        job: ProcessJob,
+        policy: RestartPolicy,
+        *,
+        on_event: Callable[[JobEvent], None] | None = None,
+        on_tick: Callable[[], None] | None = None,
+    ) -> int:
+        self.jobs.append(job)
+        if self._stop_next:
+            self._stop_next = False
+            raise JobStopped(job.name, 15)
+        TrainLoop(Path(job.args[0]), Ranks()).run()
+        return 0
+
+    def stop(self) -> None:
+        raise NotImplementedError
 
 
 def steps_of(folder: Path) -> list[StepDone]:

@@ -22,6 +22,7 @@ from sihe.data.loading.dataset import TokenDataset
 from sihe.data.loading.stream import BatchStream
 from sihe.models.checkpoint import load_model
 from sihe.training.checkpoint import Checkpoints
+from sihe.training.recovery import RecoveryConfig
 from sihe.training.service import TrainingService
 from sihe.training.step import samples_digest
 from sihe.training.types import AttemptReady, CheckpointSkipped, RunOpened, TrainEvent, TrainResult
@@ -83,7 +84,7 @@ def test_killed_ranks_and_a_damaged_checkpoint(
             events.append(event)
             if isinstance(event, RankFailed) and event.rank == 0:
                 (opened,) = (event for event in events if isinstance(event, RunOpened))
-                weights = opened.folder / "checkpoints" / "step-00000012" / "model.safetensors"
+                weights = opened.folder / "checkpoints" / "step-00000012" / "__0_0.distcp"
                 data = bytearray(weights.read_bytes())
                 data[-3] ^= 1
                 weights.write_bytes(data)
@@ -171,7 +172,8 @@ def test_a_full_disk(dataset: Path, tmp_path: Path) -> None:
 
 def test_a_silent_rank_is_a_loud_error(dataset: Path, tmp_path: Path) -> None:
     """A rank that stops without dying: the others say so, and nothing waits for ever."""
-    config = small_config(dataset, collective_timeout_s=3.0, max_restarts=0)
+    recovery = RecoveryConfig(hang_timeout_s=60)  # the ranks themselves notice earlier
+    config = small_config(dataset, collective_timeout_s=3.0, max_restarts=0, recovery=recovery)
     with open_workspace(tmp_path / "home") as workspace:
         service = TrainingService(workspace, launcher=DoomedLauncher("hang:1:6", tmp_path))
         with pytest.raises(RanksLost, match=r"rank 0 failed with PeerSilent: .* 3 s"):

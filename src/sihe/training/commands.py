@@ -103,8 +103,15 @@ def _summary(run: TrainRun) -> dict[str, Any]:
 
 def _narrator(shown: Progress, *, quiet: bool) -> Callable[[TrainEvent], None]:
     """Tells what happens: a bar with loss and tokens/s, and a line for each thing that is not a step."""
-    from sihe.cluster.types import RankFailed, Restarting
-    from sihe.training.types import AttemptReady, CheckpointSkipped, RunOpened, StepDone
+    from sihe.cluster.types import RankFailed, RankHung, Restarting, StragglerSeen, WorkersChanged
+    from sihe.training.types import (
+        AttemptReady,
+        CheckpointSkipped,
+        RunOpened,
+        StepDone,
+        StepRejected,
+        StepsSkipped,
+    )
 
     task = shown.add_task("starting", total=None, note="")
     steps = 0
@@ -130,7 +137,16 @@ def _narrator(shown: Progress, *, quiet: bool) -> Callable[[TrainEvent], None]:
                     say(f"step {event.step}/{steps}  {note}")
             case CheckpointSkipped():
                 say(f"warning: checkpoint damaged ({event.reason}), moved to {event.path}")
-            case RankFailed():
+            case StepRejected():
+                say(f"step {event.step} not accepted: {event.reason}; back to the newest checkpoint")
+            case StepsSkipped():
+                say(f"samples {event.first_sample:,} to {event.next_sample - 1:,} are skipped from now on")
+            case StragglerSeen():
+                slow = f"{event.median_s:.3g} s a step, the others {event.others_median_s:.3g} s"
+                say(f"warning: rank {event.rank} is slow: {slow} (median of {event.steps} steps)")
+            case WorkersChanged():
+                say(f"going on with {event.after} workers instead of {event.before}")
+            case RankFailed() | RankHung():
                 say(f"rank {event.rank} {event.reason}")
             case Restarting():
                 say(f"restart {event.restart} of at most {event.max_restarts} in {event.delay_s:g} s")
