@@ -19,7 +19,7 @@ NOUNS: dict[str, Noun] = {
     "map": Noun("Show the map of topics and what runs behind each.", "sihe.apps.coach.commands", "map_app"),
     "lake": Noun("Tables of the data lake.", "sihe.data.commands", "lake_app"),
     "text": Noun("Files to a tokenised dataset: filter, dedupe, tokenise, pack.", "sihe.data.commands", "text_app"),
-    "train": Noun("Train a model, and see its runs.", "sihe.training.commands"),
+    "train": Noun("Train a model, and see its runs.", "sihe.cli.train"),
     "eval": Noun("Evaluate a model.", "sihe.apps.evaluation.commands"),
     "runs": Noun("Runs with their metrics, of every kind.", "sihe.core.commands", "runs_app"),
     "models": Noun("Registered models, their versions, aliases and lineage.", "sihe.core.commands", "models_app"),

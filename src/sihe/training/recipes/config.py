@@ -249,6 +249,15 @@ class RecipeConfig:
         values["stages"] = [{"kind": kind_of(stage), **asdict(stage)} for stage in self.stages]
         return values
 
+    def identity(self, number: int) -> dict[str, Any]:
+        """The settings that decide what stage `number` computes: those of it and of what comes before.
+
+        Recipes that begin alike share their first stages.
+        """
+        values = self.public()
+        shared = {key: values[key] for key in ("model", "task", "context", "seed")}
+        return {**shared, "stages": values["stages"][: number + 1]}
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RecipeConfig:
         """A recipe from plain values, such as YAML gives. Raises `ConfigError` for an unknown or missing key."""
@@ -302,7 +311,7 @@ def _build(kind: type[_Value], values: Mapping[str, Any], prefix: str, **ready: 
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            raise ConfigError(f"{prefix}: {cause}" if prefix else str(cause), key=cause.key) from error
+            raise ConfigError(f"{prefix[:-1]}: {cause}" if prefix else str(cause), key=cause.key) from error
         key = prefix + ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise ConfigError(

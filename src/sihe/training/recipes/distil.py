@@ -39,6 +39,7 @@ class DistilObjective:
         kl_BT = self._kl(batch, self._divergence)
         return Terms((kl_BT * batch.target_mask).sum(), float(batch.target_mask.sum()))
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """`kl` (teacher, student) at temperature 1, in nats a token, and the `accuracy` of greedy answers."""
         batch = self._lesson.held_out_answered()

@@ -74,6 +74,7 @@ class GrpoObjective:
         metrics = {name: value * weight for name, value in seen.metrics.items()}
         return Terms(loss, weight, {**metrics, "kl": float((k3_BT.detach() * mask_BT).sum())})
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """What `Lesson.judge` finds."""
         return self._lesson.judge(self._policy)

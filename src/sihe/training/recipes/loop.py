@@ -6,15 +6,19 @@ is shared out over ranks.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sihe.core.files import write_file
 from sihe.training.errors import Diverged
 from sihe.training.gradients import GradientBuffer
-from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+from sihe.training.optimizer import MasterOptimizer
+from sihe.training.optimizers.adamw import AdamW
 from sihe.training.ranks import Ranks
 from sihe.training.recipes.config import Update
 from sihe.training.recipes.types import Measured, RecipeEvent, StageStep
@@ -36,6 +40,7 @@ class StageLoop:
         ranks: Ranks,
         *,
         checkpoints: Checkpoints | None = None,
+        history: Path | None = None,
         checkpoint_every: int = 100,
         on_event: Callable[[RecipeEvent], None] = lambda _event: None,
     ) -> None:
@@ -44,11 +49,12 @@ class StageLoop:
         self._update = update
         self._ranks = ranks
         self._checkpoints = checkpoints
+        self._history = history
         self._every = checkpoint_every
         self._on_event = on_event
         self._gradients = GradientBuffer(objective.module.parameters())
-        self._optimizer = MasterAdamW(
-            objective.module, OptimizerConfig(weight_decay=update.weight_decay, clip_norm=update.clip_norm)
+        self._optimizer = MasterOptimizer(
+            objective.module, AdamW(weight_decay=update.weight_decay), clip_norm=update.clip_norm
         )
         self._schedule = CosineSchedule(
             peak_lr=update.peak_lr,
@@ -58,14 +64,18 @@ class StageLoop:
         )
 
     def run(self) -> None:
-        """Trains. Raises `Diverged`."""
+        """Trains. Measurements of the steps that a checkpoint has behind it come first, from `history`.
+
+        Raises `Diverged`.
+        """
         done = self._resume()
+        measured = self._replay(done)
         if done == 0:
-            self._measure(0)
+            self._measure(0, measured)
         for step in range(done + 1, self._update.steps + 1):
             self._on_event(StageStep(self._name, step, self.step(step - 1)))
             if step % self._update.eval_every == 0 or step == self._update.steps:
-                self._measure(step)
+                self._measure(step, measured)
             if step % self._every == 0 or step == self._update.steps:
                 self._save(step)
 
@@ -87,11 +97,25 @@ class StageLoop:
             raise Diverged(step + 1, means["loss"], norm)
         return {**means, "grad_norm": norm, "lr": lr}
 
-    def _measure(self, step: int) -> None:
+    def _measure(self, step: int, measured: list[Measured]) -> None:
         if self._ranks.is_first:
-            with torch.no_grad():
-                metrics: Mapping[str, float] = self._objective.measure()
-            self._on_event(Measured(self._name, step, metrics))
+            event = Measured(self._name, step, self._objective.measure())
+            measured.append(event)
+            if self._history is not None:
+                lines = [[item.step, dict(item.metrics)] for item in measured]
+                write_file(self._history, json.dumps(lines).encode())
+            self._on_event(event)
+
+    def _replay(self, done: int) -> list[Measured]:
+        """What an earlier attempt measured up to step `done`."""
+        if self._history is None or not self._history.exists():
+            return []
+        past = [Measured(self._name, step, metrics) for step, metrics in json.loads(self._history.read_bytes())]
+        kept = [event for event in past if done and event.step <= done]
+        if self._ranks.is_first:
+            for event in kept:
+                self._on_event(event)
+        return kept
 
     def _save(self, step: int) -> None:
         if self._checkpoints is not None and self._ranks.is_first:

@@ -83,6 +83,7 @@ class PpoObjective:
         }
         return Terms(loss, weight, metrics)
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """What `Lesson.judge` finds, the reward model's `score`, and the `kl` of a held-out completion in nats."""
         lesson, policy = self._lesson, self._actor.policy

@@ -44,6 +44,7 @@ class PreferenceObjective:
         loss_B = self._orpo(chosen, rejected) if self._stage.loss == "orpo" else self._relative(chosen, rejected)
         return Terms(loss_B.sum(), len(chosen.tokens))
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """`pair_accuracy` (a tie counts half), `margin`, and what `Lesson.judge` finds."""
         chosen, rejected = self._lesson.held_out_pairs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sihe.training.recipes.config import RewardStage
@@ -34,6 +35,7 @@ class RewardObjective:
         right = float((chosen_B > rejected_B).sum())
         return Terms(bradley_terry(chosen_B, rejected_B).sum(), len(chosen_B), {"pair_accuracy": right})
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """`pair_accuracy` (a tie counts half) and the mean `margin` of scores."""
         chosen, rejected = self._lesson.held_out_pairs()

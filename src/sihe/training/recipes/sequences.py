@@ -16,7 +16,7 @@ from sihe.training.recipes.chat import MaskedTokens
 
 @dataclass(frozen=True)
 class Padded:
-    """`tokens` [B, T] int64 (0 on padding), and `mask` [B, T] float32, 1 on the tokens that count as the assistant's."""
+    """`tokens` [B, T] int64 (0 on padding), and `mask` [B, T] float32, 1 on the tokens that the assistant says."""
 
     tokens: Tensor
     mask: Tensor

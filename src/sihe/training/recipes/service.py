@@ -6,13 +6,11 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sihe.core.errors import Busy, ConfigError
-from sihe.core.files import exclusive
+from sihe.core.errors import ConfigError
 from sihe.training.recipes.config import RecipeConfig
 from sihe.training.recipes.types import Measured, RecipeEvent, RecipeResult, StageStep
 
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "post-training"
 _IDENTITY_TAG = "sihe.identity"
-_MEASURED = "measured.json"
-_LOCK = ".lock"
 
 
 class RecipeService:
@@ -42,7 +38,8 @@ class RecipeService:
         *,
         on_event: Callable[[int, RecipeEvent], None] = lambda _seed, _event: None,
     ) -> list[RecipeResult]:
-        """Runs the recipe once for each seed. A run of the same recipe and seed that was interrupted goes on.
+        """Runs the recipe once for each seed. What an earlier run has computed already, to the last
+        checkpoint of a stage that both have, is taken from there.
 
         `on_event` is called with the seed and what happens. Raises `UserError`s of the input, `StaleRollouts`.
         """
@@ -60,28 +57,26 @@ class RecipeService:
             params=_params(config),
             tags={_IDENTITY_TAG: identity_digest(config), "recipe": config.name, "seed": str(config.seed)},
         )
-        folder = self._workspace.path("runs", run_id)
-        with exclusive(folder / _LOCK, timeout_s=0):
-            tracking.end_run(run_id, "RUNNING")
-            log = _Log(self._workspace, run_id, folder, lambda event: on_event(config.seed, event))
-            started_s = self._workspace.clock.monotonic_s()
-            try:
-                made = Stages(config, folder, open_rollout=self._open_rollout, on_event=log).run()
-                base = self._register(f"{config.name}-base", made.base, run_id, [f"run:{run_id}"])
-                version = self._register(config.name, made.policy, run_id, [f"run:{run_id}", base.key])
-            except BaseException as error:
-                tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                raise
-            tracking.end_run(run_id, "FINISHED")
+        tracking.end_run(run_id, "RUNNING")
+        log = _Log(self._workspace, run_id, lambda event: on_event(config.seed, event))
+        folder = self._workspace.path("recipes")
+        started_s = self._workspace.clock.monotonic_s()
+        try:
+            made = Stages(config, folder, open_rollout=self._open_rollout, on_event=log).run()
+            base = self._register(f"{config.name}-base", made.base, run_id, [f"run:{run_id}"])
+            version = self._register(config.name, made.policy, run_id, [f"run:{run_id}", base.key])
+        except BaseException as error:
+            tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracking.end_run(run_id, "FINISHED")
         seconds = self._workspace.clock.monotonic_s() - started_s
-        return RecipeResult(run_id, config.seed, base, version, folder, tuple(log.measured), seconds)
+        return RecipeResult(run_id, config.seed, base, version, tuple(log.measured), seconds)
 
     def _unfinished(self, config: RecipeConfig) -> str | None:
-        """A run of the same recipe and seed that did not finish and that nobody works on."""
+        """A run of the same recipe and seed that ended early, if there is one."""
         for run in self._workspace.tracking.runs(EXPERIMENT, limit=1000):
-            if run.status != "FINISHED" and run.tags.get(_IDENTITY_TAG) == identity_digest(config):
-                with suppress(Busy), exclusive(self._workspace.path("runs", run.id) / _LOCK, timeout_s=0):
-                    return run.id
+            if run.status in ("FAILED", "KILLED") and run.tags.get(_IDENTITY_TAG) == identity_digest(config):
+                return run.id
         return None
 
     def _register(self, name: str, model: Decoder, run_id: str, parents: Sequence[str]) -> ModelVersion:
@@ -98,29 +93,21 @@ class RecipeService:
 
 
 class _Log:
-    """Passes events on, keeps the measurements, and brings the curves to tracking when a stage is measured."""
+    """Passes events on, keeps the measurements, and brings the curves to tracking whenever a stage is measured."""
 
-    def __init__(
-        self, workspace: Workspace, run_id: str, folder: Path, on_event: Callable[[RecipeEvent], None]
-    ) -> None:
+    def __init__(self, workspace: Workspace, run_id: str, on_event: Callable[[RecipeEvent], None]) -> None:
         self._tracking = workspace.tracking
         self._run_id = run_id
-        self._path = folder / _MEASURED
         self._on_event = on_event
         self._pending: dict[int, dict[str, float]] = {}
-        # a stage that was finished before an interruption is not measured again
-        self.measured = [Measured(**item) for item in json.loads(self._path.read_text())] if self._path.exists() else []
+        self.measured: list[Measured] = []
 
     def __call__(self, event: RecipeEvent) -> None:
         prefix = "train" if isinstance(event, StageStep) else "held_out"
         values = {f"{event.stage}/{prefix}/{name}": value for name, value in event.metrics.items()}
         self._pending.setdefault(event.step, {}).update(values)
         if isinstance(event, Measured):
-            from sihe.core.files import write_file
-
-            kept = [item for item in self.measured if item.stage != event.stage or item.step < event.step]
-            self.measured = [*kept, event]
-            write_file(self._path, json.dumps([vars(item) for item in self.measured]).encode())
+            self.measured.append(event)
             self._tracking.log_steps(self._run_id, self._pending)
             self._pending = {}
         self._on_event(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from sihe.models.decoder import Decoder
@@ -33,6 +34,7 @@ class SftObjective:
         logps_BT = next_token_logprobs(self._policy, batch.tokens)
         return Terms(-(logps_BT * batch.target_mask).sum(), float(batch.target_mask.sum()))
 
+    @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """`accuracy` of greedy answers, and `nll` in nats a token."""
         batch = self._lesson.held_out_answered()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -10,6 +13,7 @@ from typing import Any, assert_never
 import torch
 
 from sihe.core.errors import ConfigError
+from sihe.core.files import exclusive
 from sihe.models.checkpoint import save_model
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
@@ -54,7 +58,11 @@ class Products:
 
 
 class Stages:
-    """Runs a recipe for `config.seed`, with checkpoints under `folder`. `open_rollout` samples by an engine."""
+    """Runs a recipe for `config.seed`. `open_rollout` samples by an engine.
+
+    Each stage keeps its checkpoints in a folder under `folder` that is named by what it computes: a recipe that is run
+    again goes on where it was, and one that begins as another did takes over the stages that they share.
+    """
 
     def __init__(
         self,
@@ -73,7 +81,11 @@ class Stages:
         self._chat = arithmetic_chat()
 
     def run(self) -> Products:
-        """Every stage. Raises `Diverged`, `StaleRollouts`, and `ConfigError` for an engine that nobody handed in."""
+        """Every stage.
+
+        Raises `Busy` while another process runs one of them, `Diverged`, `StaleRollouts`, and `ConfigError` for an
+        engine that nobody handed in.
+        """
         torch.manual_seed(self._config.seed)  # every rank draws the same first weights
         policy = Decoder(self._shape(self._config.model))
         products = Products(base=policy, policy=policy)
@@ -85,6 +97,9 @@ class Stages:
 
     def _run(self, number: int, stage: Stage, products: Products) -> Products:
         name = f"{number + 1}-{kind_of(stage)}"
+        identity = self._config.identity(number)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self._folder / f"{kind_of(stage)}-{digest}"
         policy, reward = products.policy, products.reward
         rollout: Rollout | None = None
         adapter: TrainedAdapter | None = None
@@ -104,7 +119,7 @@ class Stages:
                 assert reward is not None  # the configuration puts a reward stage before
                 objective = PpoObjective(policy, reward, lesson, stage)
             case GrpoStage():
-                rollout = self._rollout(stage, policy, self._folder / name)
+                rollout = self._rollout(stage, policy, folder)
                 objective = GrpoObjective(policy, rollout, lesson, stage)
             case DistilStage():
                 torch.manual_seed(self._config.seed)
@@ -114,7 +129,8 @@ class Stages:
             case _:
                 assert_never(stage)
         try:
-            self._train(name, objective, stage)
+            with nullcontext() if self._ranks.rank else exclusive(folder / ".lock", timeout_s=0):
+                self._train(name, objective, stage, folder, identity)
         finally:
             if rollout is not None:
                 rollout.close()
@@ -122,15 +138,15 @@ class Stages:
             adapter.merge()
         return replace(products, policy=policy, reward=reward)
 
-    def _train(self, name: str, objective: Objective, stage: Stage) -> None:
+    def _train(self, name: str, objective: Objective, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
         epochs = stage.epochs if isinstance(stage, PpoStage | GrpoStage) else 1
-        identity: dict[str, Any] = self._config.public() | {"stage": name}
         StageLoop(
             name,
             objective,
             stage.update,
             self._ranks,
-            checkpoints=Checkpoints(self._folder / name / "checkpoints", identity, keep=1),
+            checkpoints=Checkpoints(folder / "checkpoints", identity, keep=1),
+            history=folder / "measured.json",
             # a round of rollouts is not kept: a checkpoint lies between two
             checkpoint_every=-(-self._config.checkpoint_every // epochs) * epochs,
             on_event=self._on_event,

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from sihe.core.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from sihe.core.tracking import ModelVersion
@@ -80,7 +78,6 @@ class RecipeResult:
     seed: int
     base_version: ModelVersion
     model_version: ModelVersion
-    folder: Path
     measured: tuple[Measured, ...]
     """Every measurement, in order."""
     seconds: float
