@@ -3,7 +3,10 @@
 InvalidInput
 ├── DatasetTooSmall     a split holds less than one training sequence
 ├── EmptyCorpus         no document was left to make a data set of
-└── SchemaMismatch      rows do not fit the table's columns
+├── SchemaMismatch      rows do not fit the table's columns
+├── SourceEnded         a source of a mixture would be seen more often than it may
+├── SourceTooSmall      a source of a mixture has fewer samples than one global batch takes from it
+└── TokenizerMismatch   data sets that are mixed were made with different tokenizers
 """
 
 from __future__ import annotations
@@ -36,3 +39,41 @@ class SchemaMismatch(InvalidInput):
     def __init__(self, table: str, reason: str) -> None:
         super().__init__(f"rows do not fit table {table!r}: {reason}")
         self.table = table
+
+
+class SourceEnded(InvalidInput):
+    """The source has given what it may."""
+
+    def __init__(self, source: str, *, needed: float, allowed: float, sample: int) -> None:
+        super().__init__(
+            f"source {source!r} would be seen {needed:.2f} times by sample {sample:,} and may be {allowed:g} times: "
+            "lower its weight, raise its max_epochs, or train for fewer samples"
+        )
+        self.source = source
+        self.needed = needed
+        self.allowed = allowed
+
+
+class SourceTooSmall(InvalidInput):
+    """One global batch would hold a sample of the source twice."""
+
+    def __init__(self, source: str, *, samples: int, needed: int) -> None:
+        super().__init__(
+            f"source {source!r} has {samples:,} samples and one global batch takes {needed:,} of them: "
+            "lower its weight, take a smaller batch or shorter sequences, or prepare more text"
+        )
+        self.source = source
+        self.samples = samples
+        self.needed = needed
+
+
+class TokenizerMismatch(InvalidInput):
+    """The same token id means different text in two data sets."""
+
+    def __init__(self, dataset: str, other: str) -> None:
+        super().__init__(
+            f"{dataset} and {other} were made with different tokenizers, so their tokens cannot be mixed: "
+            "prepare both with one"
+        )
+        self.dataset = dataset
+        self.other = other

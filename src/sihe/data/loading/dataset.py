@@ -3,37 +3,50 @@
 Checking costs one pass over the files, so the first process that does it leaves a stamp (`.verified.json`) which names
 each file's size, inode and times; the other ranks, and later runs, read the stamp. It is void as soon as any file was
 touched, and after a day, because a disk can go bad without touching a file.
+
+A data set at a URL is read through a cache (`cached.py`): its manifest and tokenizer come at once, each shard, checked,
+when the first sample needs it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from sihe.core.errors import CorruptData, InvalidInput
+from sihe.core.errors import ConfigError, CorruptData, InvalidInput
 from sihe.core.files import exclusive, sha256_of, write_file
 from sihe.core.telemetry import logger
-from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, Shard, Split, read_manifest, split_named
+from sihe.data.loading.cache import ShardCache
+from sihe.data.loading.cached import cached_dataset
+from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, Shard, Split, check_ids, read_manifest, split_named
+from sihe.data.loading.remote import is_url
 
-Verification = Literal["hashed", "stamp", "skipped"]
+Verification = Literal["hashed", "stamp", "skipped", "on use"]
 _STAMP = ".verified.json"
 _STAMP_LIFE_S = 24 * 3600.0
 _REMEDY = "delete the data set's folder and prepare it again, or copy the file back"
 _log = logger(__name__)
 
 
+class ShardMaps(Protocol):
+    """The shards of a split as arrays of token ids, by number."""
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        """The shard `index`; not to be kept longer than the call that asked."""
+        ...
+
+
 class TokenSplit:
     """One split as a single row of tokens, over however many shards."""
 
-    def __init__(self, folder: Path, name: Split, shards: tuple[Shard, ...], dtype: np.dtype[Any]) -> None:
-        self.folder = folder
+    def __init__(self, name: Split, shards: tuple[Shard, ...], maps: ShardMaps) -> None:
         self.name = name
-        self._maps = [_map(folder / shard.file, shard, dtype) for shard in shards]
+        self._maps = maps
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
 
     def __len__(self) -> int:
@@ -58,7 +71,7 @@ class TokenSplit:
         for shard in np.unique(shard_of[inside]):
             rows = np.flatnonzero(inside & (shard_of == shard))
             first = starts[rows] - self._starts[shard]
-            result[rows] = self._maps[shard][first[:, None] + np.arange(length)]
+            result[rows] = self._maps[int(shard)][first[:, None] + np.arange(length)]
         for row in np.flatnonzero(~inside):
             result[row] = self._across(int(starts[row]), length)
         return result
@@ -82,27 +95,41 @@ class TokenSplit:
 class TokenDataset:
     """A token data set, opened for reading. Any number of processes may share it."""
 
-    def __init__(self, folder: Path, manifest: DatasetManifest, verification: Verification) -> None:
+    def __init__(
+        self, folder: Path, manifest: DatasetManifest, verification: Verification, maps: Mapping[Split, ShardMaps]
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.verification = verification
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._splits = {name: TokenSplit(folder, name, shards, dtype) for name, shards in manifest.splits.items()}
+        self._splits = {name: TokenSplit(name, shards, maps[name]) for name, shards in manifest.splits.items()}
 
     @classmethod
-    def open(cls, folder: Path | str, *, verify: bool | Literal["again"] = True) -> TokenDataset:
-        """The data set in `folder`.
+    def open(
+        cls, folder: Path | str, *, verify: bool | Literal["again"] = True, cache: ShardCache | None = None
+    ) -> TokenDataset:
+        """The data set in `folder`, or at a URL that fsspec knows, whose shards are then kept in `cache`.
 
         `verify=True` compares every file with its checksum unless a stamp says that it was done within a day and no
-        file was touched since; `"again"` ignores the stamp; `False` looks at the sizes alone. The attribute
-        `verification` says which it was. Raises `NotFound`, `CorruptData`.
+        file was touched since; `"again"` ignores the stamp; `False` looks at the sizes alone. Shards at a URL are
+        always compared, when they are first used. The attribute `verification` says which it was. Raises `NotFound`,
+        `CorruptData`, also for token ids that the vocabulary does not have; for a URL also `ConfigError` without a
+        cache, `Unreachable`, `Unauthorized`.
         """
+        if is_url(folder):
+            if cache is None:
+                raise ConfigError(f"a data set at a URL, {folder}, needs a local cache for its shards", key="cache")
+            local, manifest, cached = cached_dataset(str(folder), cache)
+            return cls(local, manifest, "on use", cached)
         folder = Path(folder).absolute()
         manifest = read_manifest(folder)
         verification: Verification = "skipped"
         if verify:
             verification = _verify(folder, manifest, trust_stamp=verify != "again")
-        return cls(folder, manifest, verification)
+        maps = {
+            name: [_map(folder / shard.file, shard, manifest.token_dtype) for shard in shards]
+            for name, shards in manifest.splits.items()
+        }
+        return cls(folder, manifest, verification, maps)
 
     @property
     def vocab_size(self) -> int:
@@ -143,12 +170,14 @@ def _verify(folder: Path, manifest: DatasetManifest, *, trust_stamp: bool) -> Ve
                 return "stamp"
             before = {"at": time.time(), "files": _identities(folder, expected)}
             _compare(folder, expected)
+            _check_ids(folder, manifest)
             write_file(folder / _STAMP, json.dumps(before).encode())
     except CorruptData:
         raise
     except OSError as error:  # a read-only or full disk: the data are checked all the same, by each process
         _log.info("dataset_stamp_not_written", folder=str(folder), reason=str(error))
         _compare(folder, expected)
+        _check_ids(folder, manifest)
     return "hashed"
 
 
@@ -163,6 +192,12 @@ def _compare(folder: Path, expected: dict[str, str]) -> None:
             raise CorruptData(path, f"it cannot be read: {error.strerror}", hint=_REMEDY) from error
         if actual != digest:
             raise CorruptData(path, f"its SHA-256 is {actual[:12]}… and {digest[:12]}… was written", hint=_REMEDY)
+
+
+def _check_ids(folder: Path, manifest: DatasetManifest) -> None:
+    for shards in manifest.splits.values():
+        for shard in shards:
+            check_ids(_map(folder / shard.file, shard, manifest.token_dtype), manifest, folder / shard.file)
 
 
 def _identities(folder: Path, names: dict[str, str]) -> dict[str, list[int]]:

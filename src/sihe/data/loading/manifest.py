@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from sihe.core.errors import CorruptData, InvalidInput, NotFound
 
 FILE_NAME = "dataset.json"
@@ -64,6 +66,11 @@ class DatasetManifest:
         """Bytes that one token takes on disk."""
         return _TOKEN_BYTES[self.dtype]
 
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        """The type of the ids in the shards, whatever the byte order of this machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
     def num_tokens(self, split: Split) -> int:
         """Tokens in a split."""
         return sum(shard.tokens for shard in self.splits[split])
@@ -77,6 +84,14 @@ class DatasetManifest:
 def token_type(vocab_size: int) -> TokenType:
     """The narrowest type that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def check_ids(tokens: np.ndarray, manifest: DatasetManifest, source: Path | str) -> None:
+    """Raises `CorruptData` that names `source` when one of its `tokens` is not in the vocabulary."""
+    highest = int(tokens.max()) if tokens.size else 0
+    if highest >= manifest.vocab_size:
+        reason = f"it holds the token id {highest:,} and the vocabulary has {manifest.vocab_size:,} ids"
+        raise CorruptData(source, reason, hint=_DAMAGED)
 
 
 def split_named(name: str) -> Split:

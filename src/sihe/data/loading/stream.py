@@ -10,6 +10,7 @@ from sihe.core.errors import InvalidInput
 from sihe.data.errors import DatasetTooSmall
 from sihe.data.loading.dataset import TokenDataset
 from sihe.data.loading.order import SampleOrder
+from sihe.data.loading.share import BatchShare
 
 _READ_AHEAD = 4096  # positions whose samples are computed at once: numpy's cost per call falls under 1 µs a sample
 
@@ -35,26 +36,18 @@ class BatchStream:
         world_size: int = 1,
         start_sample: int = 0,
     ) -> None:
-        if sequence_length < 1 or global_batch < 1 or start_sample < 0:
+        if sequence_length < 1 or start_sample < 0:
             raise InvalidInput(
-                "sequence_length and global_batch must be positive and start_sample not negative, "
-                f"got {sequence_length!r}, {global_batch!r}, {start_sample!r}"
+                "sequence_length must be positive and start_sample not negative, "
+                f"got {sequence_length!r}, {start_sample!r}"
             )
-        if not 0 <= rank < world_size:
-            raise InvalidInput(f"rank must lie in [0, world_size), got rank={rank!r}, world_size={world_size!r}")
-        if global_batch % world_size:
-            raise InvalidInput(
-                f"global_batch must be a multiple of world_size, got {global_batch} over {world_size} ranks"
-            )
+        self._share = BatchShare(global_batch, rank, world_size)
         self._tokens = dataset.split(split)
         self.num_samples = (len(self._tokens) - 1) // sequence_length
         if self.num_samples < 1:
             raise DatasetTooSmall(dataset.folder, split, tokens=len(self._tokens), needed=sequence_length + 1)
         self._order = SampleOrder(self.num_samples, seed)
         self._sequence_length = sequence_length
-        self._global_batch = global_batch
-        self._local_batch = global_batch // world_size
-        self._offset = rank * self._local_batch
         self.next_sample = start_sample
         self._ahead = np.empty(0, np.int64)
         self._ahead_first = start_sample
@@ -68,14 +61,14 @@ class BatchStream:
         return self
 
     def __next__(self) -> np.ndarray:
-        first = self.next_sample + self._offset
+        first = self.next_sample + self._share.offset
         batch = self._tokens.windows(self._samples(first) * self._sequence_length, self._sequence_length + 1)
-        self.next_sample += self._global_batch
+        self.next_sample += self._share.global_batch
         return batch
 
     def _samples(self, first: int) -> np.ndarray:
-        start = first - self._ahead_first
-        if not 0 <= start <= len(self._ahead) - self._local_batch:
+        start, count = first - self._ahead_first, self._share.local_batch
+        if not 0 <= start <= len(self._ahead) - count:
             self._ahead_first, start = first, 0
-            self._ahead = self._order.samples(first, max(self._local_batch, min(_READ_AHEAD, self.num_samples)))
-        return self._ahead[start : start + self._local_batch]
+            self._ahead = self._order.samples(first, max(count, min(_READ_AHEAD, self.num_samples)))
+        return self._ahead[start : start + count]
