@@ -88,12 +88,18 @@ class Pipeline:
                 yield stage.copies.get(name, name), parameter, name in stage.copies
 
     def step(
-        self, tokens_BT: Tensor, targets_BT: Tensor, scale: float = 1.0, *, positions_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        scale: float = 1.0,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Adds the gradients of `scale` times the summed loss to `.grad`; the loss, float64, on every rank of the axis.
 
-        All ranks of the axis give the same batch of `plan.microbatches` equal parts. Raises `InvalidInput` for one that
-        does not divide.
+        All ranks of the axis give the same batch of `plan.microbatches` equal parts. Positions, [B or 1, T], and
+        documents are those of `Decoder.hidden`. Raises `InvalidInput` for a batch that does not divide.
         """
         samples, time = tokens_BT.shape
         if samples % self.plan.microbatches:
@@ -109,6 +115,8 @@ class Pipeline:
         keywords: dict[str, Any] = {"targets_BT": targets_BT}
         if positions_BT is not None:
             keywords["positions_BT"] = positions_BT.expand(samples, -1)
+        if documents_BT is not None:
+            keywords["documents_BT"] = documents_BT
         first = (tokens_BT,) if self.stages[0].is_first else ()
         self._schedules[shape].step(*first, target=targets_BT, return_outputs=False, **keywords)
         dist.broadcast(

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from sihe.core.errors import ConfigError
 from sihe.models.loss import cross_entropy
 from sihe.models.moe import balance_loss, mixtures
+from sihe.models.places import positions_in, sinusoids
+from sihe.models.rope import check_length
+from sihe.training.parallel.vocabulary import VocabularyEmbedding
 
 if TYPE_CHECKING:
     from sihe.models.decoder import Decoder
@@ -91,6 +94,8 @@ class Stage(nn.Module):
     def __init__(self, model: Decoder, layers: range, *, sequence_parts: int = 1) -> None:
         """`sequence_parts`: of the sequence between the layers this rank has one share of so many."""
         super().__init__()
+        if model.type_embedding is not None:
+            raise ConfigError("a decoder has no segments: layers.token_types must be 0", key="layers.token_types")
         self.layers = layers
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.config.num_layers
@@ -101,12 +106,15 @@ class Stage(nn.Module):
         self.attend: Attend | None = None
         """Replaces causal attention."""
         self.embedding = model.embedding if self.is_first else None
+        self.position_embedding = model.position_embedding if self.is_first else None
+        self.embedding_norm = model.embedding_norm if self.is_first else None
         self.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
         self.norm = model.norm if self.is_last else None
         self.head = self._head(model) if self.is_last else None
         self.has_balance = any(mixture.balance_coefficient for mixture in mixtures(model))
         """Whether a balance loss comes with the hidden states."""
-        self._rotary = model._rotary
+        self._config = model.config
+        self._places = model.places
         self._sequence_parts = sequence_parts
 
     def _head(self, model: Decoder) -> nn.Linear | None:
@@ -119,21 +127,29 @@ class Stage(nn.Module):
         return head
 
     def forward(
-        self, x: Tensor, balance: Tensor | None = None, *, targets_BT: Tensor, positions_BT: Tensor | None = None
+        self,
+        x: Tensor,
+        balance: Tensor | None = None,
+        *,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states [B, S, D] from those of the stage before, or from tokens [B, T]; of the last stage the loss.
 
         With `has_balance` the hidden states come in and go out with a second tensor, the balance loss so far (float32).
-        `positions_BT` default to 0 .. T - 1. Targets below 0 do not count.
+        Targets below 0 do not count. Positions and documents are those of `Decoder.hidden`.
         """
+        if positions_BT is None and documents_BT is not None:
+            positions_BT = positions_in(documents_BT)
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self._embed(self.embedding, x, positions_BT)
         if positions_BT is None:
-            rotation = self._rotary.prefix(targets_BT.shape[1], x.device, x.dtype)
+            places = self._places.prefix(targets_BT.shape[1], x.device, x.dtype)
         else:
-            rotation = self._rotary.at(positions_BT, x.dtype)
+            places = self._places.at(positions_BT, x.dtype, documents_BT)
         for block in self.blocks.values():
-            x = block(x, rotation, self.attend)
+            x = block(x, places, self.attend)
         if self.has_balance:
             balance = self._with_own(balance, (targets_BT >= 0).sum())
         if self.norm is None:
@@ -142,6 +158,22 @@ class Stage(nn.Module):
         assert head is not None
         nll = self.criterion(self.norm(x), head.weight, targets_BT)
         return nll if balance is None else nll + balance
+
+    def _embed(self, embedding: nn.Embedding, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """What enters the first block, [B, S, D], as `Transformer.embed` gives it for the whole sequence."""
+        x_BSD: Tensor = embedding(tokens_BT)
+        if self._config.positions.kind in ("learned", "sinusoidal"):
+            check_length(tokens_BT.shape[1], self._config.max_positions)
+            if positions_BT is None:
+                positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
+            if isinstance(embedding, VocabularyEmbedding):
+                positions_BT = embedding.share_of(positions_BT)
+            if self.position_embedding is not None:
+                x_BSD = x_BSD + self.position_embedding(positions_BT)
+            else:
+                table_PD = sinusoids(self._config.max_positions, self._config.hidden_size, x_BSD.device)
+                x_BSD = x_BSD + table_PD[positions_BT].to(x_BSD.dtype)
+        return x_BSD if self.embedding_norm is None else self.embedding_norm(x_BSD)
 
     def _with_own(self, balance: Tensor | None, count: Tensor) -> Tensor:
         """The balance loss so far with that of these layers, weighed as `Decoder.loss` weighs it."""

@@ -44,6 +44,10 @@ class VocabularyEmbedding(nn.Embedding):
         x_BTD = nn.functional.embedding(row_BT.masked_fill(elsewhere_BT, 0), self.weight)
         return sum_to_shares(x_BTD.masked_fill(elsewhere_BT.unsqueeze(-1), 0.0), self._axis)
 
+    def share_of(self, x_BT: Tensor) -> Tensor:
+        """Of something about each token, what is about this rank's share of the sequence: [B, S]."""
+        return x_BT.chunk(self._axis.size, 1)[self._axis.rank]
+
 
 def cut_vocabulary(weight: nn.Parameter, axis: Axis) -> Cut:
     """Replaces an embedding's or a head's matrix [V, D] by this rank's rows of it.
