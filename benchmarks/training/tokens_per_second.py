@@ -3,9 +3,10 @@
     ours     sihe's TrainStep as a rank runs it: weights in the precision, float32 masters and gradient sums
     llama    LlamaForCausalLM of the same shape, weight for weight, as its users train it: autocast, fused AdamW
     gpt2     GPT2LMHeadModel of the same depth, width and vocabulary
+    trainer, lightning    that Llama under other trainers (`peer_trainers.py`), where `make peers ROOM=training` was run
 
 13.8 M parameters: 6 layers, width 384, 6 heads, vocabulary 8192, tied; batches of 8 x 256 random tokens; clipping in
-all three. Each figure comes from a process of its own. bfloat16 is measured where the processor multiplies it.
+all. Each figure comes from a process of its own. bfloat16 is measured where the processor multiplies it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.harness import alternate, at_least, print_table, report
 
 LAYERS, WIDTH, HEADS, FEED_FORWARD, VOCABULARY = 6, 384, 6, 1024, 8192
 BATCH, LENGTH = 8, 256
 LEARNING_RATE = 1e-4
-GOAL = 1.1
+GOAL = 1.1  # beside a plain loop
+GOAL_BESIDE_TRAINERS = 1.25
+GOAL_SHARE = 0.55
+PEERS = Path(__file__).parents[1] / "peers" / ".venv-training" / "bin" / "python"
+TRAINERS = ("trainer", "lightning")
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": FEED_FORWARD,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": True,
+    "use_cache": False,
+}
 
 
 def main() -> None:
@@ -61,7 +77,15 @@ def main() -> None:
             arguments += ["--cpu-time"] if options.cpu_time else []
             return lambda: _in_a_process(arguments)
 
-        figures = alternate({name: contender(name) for name in CONTENDERS}, repeats=options.repeats)
+        contenders = {name: contender(name) for name in CONTENDERS}
+        if options.cpu_time:
+            pass  # the trainers are timed by the clock
+        elif PEERS.exists():
+            for name in TRAINERS:
+                contenders[name] = _peer(name, precision, options.steps, options.threads)
+        else:
+            print(f"{' and '.join(TRAINERS)} are not measured: run  make peers ROOM=training  first\n")
+        figures = alternate(contenders, repeats=options.repeats)
         peak = max(figures.pop("gemm"))
         timed = "processor time" if options.cpu_time else "wall clock"
         print(f"{precision}: {config.num_parameters / 1e6:.1f} M parameters, {options.threads} threads, {timed}")
@@ -75,10 +99,20 @@ def main() -> None:
                 middle["ours"],
                 middle[name],
                 unit="tokens/s",
-                ratio=GOAL,
+                ratio=GOAL_BESIDE_TRAINERS if name in TRAINERS else GOAL,
             )
-            for name in ("llama", "gpt2")
+            for name in middle
+            if name != "ours"
         ]
+        claims.append(
+            at_least(
+                f"training, {precision}, {options.threads} threads, {timed}, FLOP/s beside the best matrix product",
+                share * peak,
+                peak,
+                unit="GFLOP/s",
+                ratio=GOAL_SHARE,
+            )
+        )
     report(__file__, claims)
 
 
@@ -104,7 +138,7 @@ def _ours(dtype: object) -> tuple[Callable[[], object], float]:
 
     from sihe.models.config import ModelConfig
     from sihe.models.decoder import Decoder
-    from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+    from sihe.training.optimizer import MasterOptimizer
     from sihe.training.parallel.apply import ParallelModel
     from sihe.training.ranks import Ranks
     from sihe.training.schedule import CosineSchedule
@@ -115,7 +149,7 @@ def _ours(dtype: object) -> tuple[Callable[[], object], float]:
     assert isinstance(dtype, torch.dtype)
     shape = ModelConfig(VOCABULARY, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, FEED_FORWARD, LENGTH)
     model = ParallelModel(Decoder(shape), dtype=dtype)
-    optimizer = MasterAdamW(model.held, OptimizerConfig())
+    optimizer = MasterOptimizer(model.held)
     step = TrainStep(model, optimizer, CosineSchedule(LEARNING_RATE, 0, 1000), Ranks(), micro_batch=BATCH)
     batch = np.random.default_rng(0).integers(VOCABULARY, size=(BATCH, LENGTH + 1))
     return lambda: step(0, batch), BATCH * LENGTH
@@ -124,17 +158,7 @@ def _ours(dtype: object) -> tuple[Callable[[], object], float]:
 def _llama(dtype: object) -> tuple[Callable[[], object], float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=FEED_FORWARD,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return _plain_loop(LlamaForCausalLM(config), dtype)
+    return _plain_loop(LlamaForCausalLM(LlamaConfig(**LLAMA)), dtype)
 
 
 def _gpt2(dtype: object) -> tuple[Callable[[], object], float]:
@@ -184,11 +208,20 @@ def _gemm(dtype: object) -> tuple[Callable[[], object], float]:
     return lambda: a @ b, 2 * size**3 / 1e9
 
 
+def _peer(name: str, precision: str, steps: int, threads: int) -> Callable[[], float]:
+    asked = {"contender": name, "precision": precision, "steps": steps, "threads": threads}
+    asked |= {"model": LLAMA, "batch": BATCH, "length": LENGTH}
+    return lambda: _figure([str(PEERS), str(Path(__file__).with_name("peer_trainers.py")), json.dumps(asked)])
+
+
 def _in_a_process(arguments: list[str]) -> float:
-    command = [sys.executable, "-m", "benchmarks.training.tokens_per_second", *arguments]
+    return _figure([sys.executable, "-m", "benchmarks.training.tokens_per_second", *arguments])
+
+
+def _figure(command: list[str]) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

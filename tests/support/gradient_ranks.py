@@ -11,7 +11,7 @@ import torch
 from sihe.cluster.launchers.rank import supervised
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
-from sihe.training.optimizer import MasterAdamW
+from sihe.training.optimizer import MasterOptimizer
 from sihe.training.parallel.apply import ParallelModel
 from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.parallel.plan import ParallelPlan
@@ -43,10 +43,11 @@ def global_batch(*, ragged: bool) -> np.ndarray:
 def step_for(dtype: torch.dtype, ranks: Ranks, micro_batch: int) -> tuple[Decoder, TrainStep]:
     torch.manual_seed(3)
     mesh = ParallelMesh(ParallelPlan(dp=ranks.world_size)) if ranks.world_size > 1 else None
-    model = ParallelModel(Decoder(CONFIG), mesh, dtype=dtype)
+    decoder = Decoder(CONFIG)
+    model = ParallelModel(decoder, mesh, dtype=dtype)
     schedule = CosineSchedule(peak_lr=1e-3, warmup_steps=1, total_steps=10)
-    optimizer = MasterAdamW(model.held, mesh=mesh)
-    return model.model, TrainStep(model, optimizer, schedule, ranks, micro_batch=micro_batch)
+    optimizer = MasterOptimizer(model.held, mesh=mesh)
+    return decoder, TrainStep(model, optimizer, schedule, ranks, micro_batch=micro_batch)
 
 
 def main() -> None:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sihe.core.errors import NoSpace
-from sihe.models.decoder import Decoder
 from sihe.training.checkpoint import Checkpoints
 from sihe.training.errors import WrongCheckpoint
-from sihe.training.optimizer import MasterAdamW
-from sihe.training.ranks import Ranks
+from sihe.training.optimizer import MasterOptimizer
 from sihe.training.types import CheckpointSkipped
-from support.gradient_ranks import global_batch, step_for
 from support.training_runs import small_config
 
 IDENTITY = small_config(Path("data")).identity()
 
 
-def trained(dtype: torch.dtype = torch.float32) -> tuple[Decoder, MasterAdamW]:
-    model, step = step_for(dtype, Ranks(), 4)
-    optimizer = MasterAdamW(model)
-    step.accumulate(global_batch(ragged=False))
-    optimizer.step(1e-2)
+def new_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 256), nn.Linear(256, 64), nn.LayerNorm(64)).to(dtype)
+
+
+def trained(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, MasterOptimizer]:
+    model = new_model(dtype)
+    optimizer = MasterOptimizer(model)
+    move(model, optimizer)
     return model, optimizer
+
+
+def move(model: nn.Module, optimizer: MasterOptimizer) -> None:
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step(1e-2)
 
 
 def refuse(event: CheckpointSkipped) -> None:
@@ -47,13 +58,16 @@ def saved(folder: Path, *steps: int, keep: int = 3) -> Checkpoints:
 def test_a_checkpoint_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model, optimizer = trained(dtype)
     checkpoints = Checkpoints(tmp_path, IDENTITY, keep=2)
-    report = checkpoints.save(7, 56, model, optimizer)
+    checkpoints.save(7, 56, model, optimizer, state={"loss_scale": 2.0**15}, extras=["rank 0"])
+    (report,) = checkpoints.completed()
+    assert checkpoints.completed() == []
     assert report.size_bytes == sum(file.stat().st_size for file in Path(report.path).iterdir())
-    other, _ = step_for(dtype, Ranks(), 4)
-    other_optimizer = MasterAdamW(other)
+    other = new_model(dtype)
+    other_optimizer = MasterOptimizer(other)
     found = checkpoints.newest(refuse)
     assert found is not None
     assert (found.step, found.next_sample) == (7, 56)
+    assert (found.manifest.state, found.manifest.extras) == ({"loss_scale": 2.0**15}, [["rank 0"]])
     found.load_into(other, other_optimizer)
     for name, weight in model.state_dict().items():
         assert weight.equal(other.state_dict()[name])
@@ -84,7 +98,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_a_damaged_checkpoint_is_moved_aside(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     checkpoints = saved(tmp_path, 1, 2)
@@ -94,7 +108,7 @@ def test_a_damaged_checkpoint_is_moved_aside(tmp_path: Path, name: str, damage: 
     assert found is not None
     assert found.step == 1
     (event,) = skipped
-    assert name in event.reason or "missing" in event.reason
+    assert name in event.reason
     assert Path(event.path).name == "damaged-step-00000002-1"
     model, optimizer = trained()
     checkpoints.save(2, 16, model, optimizer)  # its name is free again
@@ -108,18 +122,108 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert caught.value.differences == {"peak_lr": (0.003, 0.1), "seed": (0, 5)}
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = saved(tmp_path, 1)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    saved(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=3, background=background)
     model, optimizer = trained()
 
-    def fail() -> dict[str, torch.Tensor]:
-        raise OSError(28, "No space left on device")
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(optimizer, "state_tensors", fail)
-    with pytest.raises(NoSpace):
+    with monkeypatch.context() as patch, pytest.raises(NoSpace):
+        patch.setattr(os, "fsync", full)
         checkpoints.save(2, 16, model, optimizer)
+        checkpoints.finish()
+    assert checkpoints.completed() == []
     assert checkpoints.steps() == [1]
     assert not list(tmp_path.glob(".*tmp*"))
+    checkpoints.save(2, 16, model, optimizer)  # with space it goes on
+    checkpoints.finish()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_what_changes_after_the_snapshot_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held up until the next steps are done; each of three saves must hold its own step."""
+    model, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=3, background=True)
+    checkpoints.reserve(model, optimizer)
+    real_fsync, go_on = os.fsync, threading.Event()
+
+    def late(descriptor: int) -> None:
+        go_on.wait()
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", late)
+    kept = {}
+    for step in (1, 2, 3):
+        kept[step] = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+        checkpoints.save(step, step * 8, model, optimizer)
+        assert step not in checkpoints.steps()
+        move(model, optimizer)
+        go_on.set()
+        checkpoints.finish()
+        go_on.clear()
+    go_on.set()
+    assert [event.step for event in checkpoints.completed()] == [1, 2, 3]
+    for step, state in kept.items():
+        other = new_model()
+        other_optimizer = MasterOptimizer(other)
+        checkpoints.at(step).load_into(other, other_optimizer)
+        theirs = other_optimizer.state_tensors()
+        assert all(tensor.equal(theirs[name]) for name, tensor in state.items())
+
+
+def test_a_model_that_is_not_the_one_that_was_saved(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    other = nn.Sequential(nn.Embedding(96, 32), nn.Linear(32, 256))
+    optimizer = MasterOptimizer(other)
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    with pytest.raises(WrongCheckpoint, match="mean.0.weight") as caught:
+        checkpoints.at(1).load_into(other, optimizer)
+    assert caught.value.differences["mean.0.weight"] == ("float32[96, 64]", "float32[96, 32]")
+    assert caught.value.differences["mean.2.bias"] == ("float32[64]", "absent")
+    assert all(tensor.equal(before[name]) for name, tensor in optimizer.state_tensors().items())
+    with pytest.raises(WrongCheckpoint, match="weight.0.weight"):
+        checkpoints.at(1).load_weights(other)
+
+
+def test_frozen_weights_and_further_tensors_are_kept(tmp_path: Path) -> None:
+    model = new_model()
+    model[1].requires_grad_(False)
+    optimizer = MasterOptimizer(model)
+    average = torch.randn(3, 4)
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=1)
+    checkpoints.save(1, 8, model, optimizer, {"average": average})
+    other, read = new_model(), torch.zeros(3, 4)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    other[1].requires_grad_(False)
+    checkpoints.at(1).load_into(other, MasterOptimizer(other), {"average": read})
+    assert read.equal(average)
+    assert all(weight.equal(other.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_weights_alone_are_rounded_to_the_model(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    exported = new_model(torch.bfloat16)
+    checkpoints.at(1).load_weights(exported)
+    for name, weight in trained()[0].state_dict().items():
+        assert weight.bfloat16().equal(exported.state_dict()[name])
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    for leftover in (".step-00000009.tmp-abc", ".removed-step-00000000"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "__0_0.distcp").write_bytes(b"half")
+    found = checkpoints.newest(refuse)
+    assert found is not None
+    assert found.step == 1
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"step-00000001"}
 
 
 @pytest.fixture

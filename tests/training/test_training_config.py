@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sihe.core.errors import ConfigError
-from sihe.training.config import ModelShape, TrainConfig
+from sihe.training.config import ModelShape, OptimizerConfig, TrainConfig
 from sihe.training.presets.reader import load_config, parse_override, preset_names
 from support.training_runs import small_config
 
@@ -23,7 +23,6 @@ from support.training_runs import small_config
         ("peak_lr", float("nan")),
         ("peak_lr", -1.0),
         ("min_lr_ratio", 1.5),
-        ("betas", (0.9, 1.0)),
         ("precision", "fp8"),
         ("keep_checkpoints", 0),
         ("max_restarts", -1),
@@ -44,7 +43,7 @@ def test_micro_batches_follow_from_the_sizes() -> None:
 
 
 def test_a_configuration_survives_plain_values() -> None:
-    config = small_config(Path("data"), betas=(0.8, 0.99), alias="best")
+    config = small_config(Path("data"), optimizer=OptimizerConfig("lion", {"betas": [0.8, 0.99]}), alias="best")
     assert TrainConfig.from_mapping(config.public()) == config
 
 
@@ -73,7 +72,13 @@ def test_the_identity_is_what_decides_the_numbers() -> None:
     config = small_config(Path("data"))
     same = config.with_changes(world_size=1, micro_batch=4, checkpoint_every=9, alias="x", max_restarts=0)
     assert same.identity() == config.identity()
-    for change in ({"seed": 1}, {"peak_lr": 1.0}, {"max_steps": 21}, {"global_batch": 16}, {"betas": (0.9, 0.9)}):
+    for change in (
+        {"seed": 1},
+        {"peak_lr": 1.0},
+        {"max_steps": 21},
+        {"global_batch": 16},
+        {"optimizer": OptimizerConfig("lion")},
+    ):
         assert config.with_changes(**change).identity() != config.identity()
     wider = config.with_changes(model=ModelShape(hidden_size=64, num_layers=2, num_heads=4))
     assert wider.identity() != config.identity()

@@ -9,7 +9,7 @@ import torch
 
 from sihe.models.decoder import Decoder
 from sihe.training.loss_scale import LossScale
-from sihe.training.optimizer import MasterAdamW
+from sihe.training.optimizer import MasterOptimizer
 from sihe.training.parallel.apply import ParallelModel
 from sihe.training.ranks import Ranks
 from sihe.training.schedule import CosineSchedule
@@ -21,7 +21,7 @@ def step_with(dtype: torch.dtype, scale: LossScale | None) -> tuple[ParallelMode
     torch.manual_seed(3)
     model = ParallelModel(Decoder(CONFIG), dtype=dtype)
     schedule = CosineSchedule(peak_lr=1e-3, warmup_steps=1, total_steps=10)
-    return model, TrainStep(model, MasterAdamW(model.held), schedule, Ranks(), micro_batch=4, loss_scale=scale)
+    return model, TrainStep(model, MasterOptimizer(model.held), schedule, Ranks(), micro_batch=4, loss_scale=scale)
 
 
 def test_the_factor_grows_after_good_steps_and_halves_on_overflow() -> None:
@@ -55,7 +55,8 @@ def test_a_batch_that_overflows_is_done_again_and_gives_the_gradients_of_float32
     assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)
     assert outcome.samples == expected.samples
     for mine, theirs in zip(model.held, exact.held, strict=True):
-        assert mine.local_grad is not None and theirs.local_grad is not None
+        assert mine.local_grad is not None
+        assert theirs.local_grad is not None
         error = (mine.local_grad - theirs.local_grad).abs().max() / theirs.local_grad.abs().max()
         assert float(error) < 1e-2, mine.name
 
@@ -83,6 +84,6 @@ def test_a_loss_that_is_nan_is_not_tried_again() -> None:
     scale = LossScale()
     model, step = step_with(torch.float16, scale)
     with torch.no_grad():
-        model.model.norm.weight.fill_(math.nan)
+        model.stages[0].norm.weight.fill_(math.nan)
     assert math.isnan(step(0, global_batch(ragged=False)).loss)
     assert scale.factor == 2.0**16

@@ -14,6 +14,7 @@ from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
 from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.recovery import RecoveryConfig, feasible_workers
+from sihe.training.schedule import ScheduleKind
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
@@ -68,6 +69,18 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class OptimizerConfig:
+    """Which rule moves the weights, and its settings by name; what is not named has the rule's default.
+
+    The settings are checked with the plan of the run, by `sihe.training.optimizers.make_rule`.
+    """
+
+    kind: str = "adamw"
+    """adamw, adamw8bit, lion, muon or sgd."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A pretraining run. Raises `ConfigError` that names the key."""
 
@@ -86,9 +99,13 @@ class TrainConfig:
     warmup_steps: int
     min_lr_ratio: float = 0.1
     """Last learning rate over the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
+    schedule: ScheduleKind = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    decay_steps: int = 0
+    """Last steps of the schedule "wsd", in which the rate falls; 0 for every other."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     clip_norm: float = 1.0
+    """The gradients' global norm is scaled down to this."""
     precision: Precision = "auto"
     """Of weights and activations; the optimizer's master weights and the sums of gradients are float32 in any case.
     "auto" is bf16 where the processor multiplies it in hardware, else fp32. fp16 comes with dynamic loss scaling."""
@@ -116,13 +133,12 @@ class TrainConfig:
         positive = ("sequence_length", "micro_batch", "global_batch", "max_steps", "world_size", "checkpoint_every")
         for name in (*positive, "keep_checkpoints", "log_every"):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "seed", "max_restarts"):
+        for name in ("warmup_steps", "seed", "max_restarts"):
             _check(name, getattr(self, name) >= 0, "not negative", getattr(self, name))
         for name in ("peak_lr", "clip_norm", "collective_timeout_s"):
             value = getattr(self, name)
             _check(name, value > 0 and math.isfinite(value), "a positive number", value)
         _check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1", self.min_lr_ratio)
-        _check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)", self.betas)
         _check("precision", self.precision in get_args(Precision), " or ".join(get_args(Precision)), self.precision)
         _check(
             "warmup_steps",
@@ -174,14 +190,11 @@ class TrainConfig:
         What is left out may differ when a run goes on: ranks, micro-batches, check points and where things are.
         """
         values = {key: value for key, value in asdict(self).items() if key not in {*_FREE, "model"}}
-        values["betas"] = list(self.betas)
         return values | {f"model.{key}": value for key, value in self.model.resolved(self.sequence_length).items()}
 
     def public(self) -> dict[str, Any]:
         """Every setting as plain values."""
-        values = asdict(self)
-        values["betas"] = list(self.betas)
-        return values
+        return asdict(self)
 
     def with_changes(self, **changes: Any) -> TrainConfig:
         """A copy with other values, checked again."""
@@ -193,7 +206,13 @@ class TrainConfig:
         from pydantic import TypeAdapter, ValidationError
 
         _refuse_unknown(values, cls, "")
-        for name, part in (("model", ModelShape), ("parallel", ParallelPlan), ("recovery", RecoveryConfig)):
+        parts = {
+            "model": ModelShape,
+            "parallel": ParallelPlan,
+            "optimizer": OptimizerConfig,
+            "recovery": RecoveryConfig,
+        }
+        for name, part in parts.items():
             if isinstance(inner := values.get(name), Mapping):
                 _refuse_unknown(inner, part, f"{name}.")
         try:

@@ -15,9 +15,10 @@ from sihe.models.decoder import Decoder
 from sihe.training import layout
 from sihe.training.checkpoint import Checkpoint, Checkpoints
 from sihe.training.errors import NothingToRewind
-from sihe.training.export import DTYPES, export_model
+from sihe.training.export import DTYPES, export_checkpoint
 from sihe.training.loss_scale import LossScale
-from sihe.training.optimizer import MasterAdamW, OptimizerConfig
+from sihe.training.optimizer import MasterOptimizer
+from sihe.training.optimizers.catalog import make_rule
 from sihe.training.parallel.apply import ParallelModel
 from sihe.training.parallel.mesh import ParallelMesh
 from sihe.training.plan import TrainPlan
@@ -26,7 +27,6 @@ from sihe.training.pulse import Pulse
 from sihe.training.ranks import Ranks
 from sihe.training.recovery import resized
 from sihe.training.rewinds import Rewinds
-from sihe.training.schedule import CosineSchedule
 from sihe.training.step import TrainStep
 from sihe.training.types import AttemptReady, StepDone, WorkerEvent
 
@@ -41,23 +41,21 @@ class TrainLoop:
         self._ranks = ranks
         self._attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
         self._events = EventWriter(folder / layout.EVENTS) if ranks.is_first else None
-        self._checkpoints = Checkpoints(folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints, ranks=ranks
+        )
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.model = Decoder(self.plan.model)
         self._spread = resized(config.plan, ranks.world_size)  # an elastic run has fewer or more than it asked for
         mesh = ParallelMesh(self._spread, timeout_s=config.collective_timeout_s) if ranks.world_size > 1 else None
         self._parallel = ParallelModel(self.model, mesh, dtype=DTYPES[config.precision])
-        self._optimizer = MasterAdamW(
+        self._optimizer = MasterOptimizer(
             self._parallel.held,
-            OptimizerConfig(betas=config.betas, weight_decay=config.weight_decay, clip_norm=config.clip_norm),
+            make_rule(config.optimizer.kind, config.optimizer.settings),
+            clip_norm=config.clip_norm,
             mesh=mesh,
         )
-        schedule = CosineSchedule(
-            peak_lr=config.peak_lr,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.max_steps,
-            min_ratio=config.min_lr_ratio,
-        )
+        schedule = self.plan.schedule
         self._loss_scale = LossScale() if config.precision == "fp16" else None
         self._step = TrainStep(
             self._parallel,
@@ -95,6 +93,7 @@ class TrainLoop:
             if step % config.checkpoint_every == 0 or step == config.max_steps:
                 self._save(step, stream.next_sample)
                 if step < config.max_steps and self._ranks.from_first(self._pulse.heartbeat.is_leave_wanted):
+                    self._checkpoints.finish()  # the ranks that come after these go on from it
                     return False
         if self._ranks.is_first:
             with self._pulse.heartbeat.slow():
@@ -115,9 +114,10 @@ class TrainLoop:
         )
 
     def _save(self, step: int, next_sample: int) -> None:
-        if self._ranks.is_first:
-            with self._pulse.heartbeat.slow():
-                self._log(self._checkpoints.save(step, next_sample, self.model, self._optimizer))
+        with self._pulse.heartbeat.slow():
+            self._checkpoints.save(step, next_sample, self.model, self._optimizer)
+        for saved in self._checkpoints.completed():
+            self._log(saved)
 
     def _go_back(self, step: int) -> Checkpoint:
         """The newest checkpoint, loaded, because `step` was not accepted. Raises `NothingToRewind`."""
@@ -129,21 +129,17 @@ class TrainLoop:
         return checkpoint
 
     def _resume(self) -> Checkpoint | None:
-        """The newest valid checkpoint, loaded; the first rank checks the files and the others take its word."""
-        newest = self._checkpoints.newest(self._log) if self._ranks.is_first else None
-        step = self._ranks.from_first(newest.step if newest else 0)
-        if step == 0:
-            return None
-        checkpoint = newest or self._checkpoints.at(step)
-        checkpoint.load_into(self.model, self._optimizer)
+        """The newest valid checkpoint, loaded; the same on every rank."""
+        checkpoint = self._checkpoints.newest(self._log)
+        if checkpoint is not None:
+            checkpoint.load_into(self.model, self._optimizer)
         return checkpoint
 
     def _export(self) -> None:
-        """Writes the model folder: weights, configuration, tokenizer. One that is there already is whole."""
+        """Writes the model folder from the last checkpoint, since no rank need have all weights."""
         target = self._folder / layout.MODEL
-        if target.exists():
-            return
-        export_model(self.model, self.plan.dataset, target)
+        if not target.exists():  # one that is there already is whole
+            export_checkpoint(self._folder, self.plan.config.max_steps, target)
 
     def _log(self, event: WorkerEvent) -> None:
         if self._events is not None:

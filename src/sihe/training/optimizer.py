@@ -4,8 +4,8 @@ A bfloat16 weight has 8 bits of mantissa: an update smaller than 1/256 of it is 
 which is rounded into the model after each step (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1). Where the
 weights are float32 already, they are their own masters and nothing is copied.
 
-Rules see local tensors only, whatever cut them; what needs the whole is here: the norm of all gradients, and the rows
-that ranks gather from each other under ZeRO 1.
+Rules see local tensors only, whatever cut them; what needs the whole is here: the norm of all gradients, the rows that
+ranks gather from each other under ZeRO 1, and the place of each state in a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 
 from sihe.core.errors import ConfigError, InvalidInput
+from sihe.training.optimizers.adamw import AdamW
+from sihe.training.optimizers.matrix import matrix_of
+from sihe.training.optimizers.muon import is_hidden_matrix
+from sihe.training.optimizers.rule import State, UpdateRule, Weight
 from sihe.training.parallel.held import Held
 from sihe.training.parallel.zero import gather_rows
 
@@ -30,63 +33,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """How weights move. Defaults as GPT-3's (Brown et al. 2020, arXiv 2005.14165, appendix B). Checks itself."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Of matrices; vectors (norms) are never decayed."""
-    clip_norm: float = 1.0
-    """The gradients' global norm is scaled down to this; `inf` leaves them as they are."""
-
-    def __post_init__(self) -> None:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas are two numbers in [0, 1), got {self.betas!r}", key="betas")
-        if not self.eps > 0:
-            raise ConfigError(f"eps is positive, got {self.eps!r}", key="eps")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ConfigError(f"weight_decay is not negative, got {self.weight_decay!r}", key="weight_decay")
-        if not self.clip_norm > 0:
-            raise ConfigError(f"clip_norm is positive, got {self.clip_norm!r}", key="clip_norm")
-
-
-@dataclass(frozen=True)
 class _Slot:
-    """One parameter with what the optimizer keeps for it: the rows of its master that are this rank's, and moments."""
+    """One parameter: how this rank holds it, the rows of its master that are this rank's, and the rule's state."""
 
     held: Held
-    master: Tensor
-    mean: Tensor
-    variance: Tensor
-    step: Tensor
-    is_own_master: bool
+    weight: Weight
+    state: State
 
     @property
-    def kept(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint needs, by their names in it."""
-        name = self.held.name
-        return {f"weight.{name}": self.master, f"mean.{name}": self.mean, f"variance.{name}": self.variance}
+    def is_own_master(self) -> bool:
+        """Whether the rule moves the model's memory itself."""
+        return self.held.local.dtype == torch.float32
 
 
-class MasterAdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the weights that a model has when this is made: load them before.
+class MasterOptimizer:
+    """Moves the weights that a model has when this is made (load them before) by `rule`, AdamW unless another is given.
 
     `weights` is a model, or what a rank holds of one that is spread over `mesh`. Gradients may be float32 or of the
-    weights' dtype, and stay where they are.
+    weights' dtype, and stay where they are; their global norm is scaled down to `clip_norm` (`inf`: never). Matrices
+    decay, vectors (norms, biases) do not.
     """
 
     def __init__(
         self,
         weights: nn.Module | Sequence[Held],
-        config: OptimizerConfig | None = None,
+        rule: UpdateRule | None = None,
         *,
+        clip_norm: float = 1.0,
         mesh: ParallelMesh | None = None,
     ) -> None:
-        self.config = config or OptimizerConfig()
+        if not clip_norm > 0:
+            raise ConfigError(f"clip_norm is positive, got {clip_norm!r}", key="clip_norm")
+        self.rule: UpdateRule = rule or AdamW()
+        self.clip_norm = clip_norm
         self._mesh = mesh
         held = whole(weights) if isinstance(weights, nn.Module) else weights
-        self._slots = [_slot(each) for each in held if each.parameter.requires_grad]
+        self._slots = [self._slot(each) for each in held if each.parameter.requires_grad]
         self._is_split = mesh is not None and (mesh.plan.pp > 1 or any(slot.held.holders > 1 for slot in self._slots))
         self._steps = 0
 
@@ -101,17 +83,17 @@ class MasterAdamW:
         norm = self._norm(slots, grads)
         if not math.isfinite(norm):
             return norm
-        if norm > self.config.clip_norm:
+        if norm > self.clip_norm:
             # In place where the gradient is float32 (it is the model's own), on the copy where it is not.
-            torch._foreach_mul_(grads, self.config.clip_norm / norm)
+            torch._foreach_mul_(grads, self.clip_norm / norm)
         self._steps += 1
-        for decays in (True, False):
-            group = [
-                (slot, slot.held.own_rows(grad))
-                for slot, grad in zip(slots, grads, strict=True)
-                if (slot.held.parameter.ndim > 1) is decays
-            ]
-            self._update([slot for slot, _ in group], [grad for _, grad in group], lr, decays=decays)
+        self.rule.update(
+            [slot.weight for slot in slots],
+            [slot.held.own_rows(grad) for slot, grad in zip(slots, grads, strict=True)],
+            [slot.state for slot in slots],
+            lr=lr,
+            step=self._steps,
+        )
         self._write_back(slots)
         return norm
 
@@ -128,44 +110,49 @@ class MasterAdamW:
             torch._foreach_zero_(flat)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a run needs to go on bit for bit, weights included; the live tensors, not copies.
+        """What a run needs to go on bit for bit, weights included; the live tensors where the rule does not pack them.
 
-        `step`, and for each parameter `weight.*` in float32, `mean.*` and `variance.*`. A tensor of which this rank
-        holds a part is a `DTensor` that says which, so that a checkpoint can be read on other ranks.
+        `step`, and for each parameter `weight.*` in float32 and what the rule remembers, such as `mean.*`. A tensor of
+        which this rank holds a part is a `DTensor` that says which, so that a checkpoint can be read on other ranks.
         """
-        tensors = {
-            name: tensor if self._mesh is None else slot.held.at_rest(tensor, self._mesh)
-            for slot in self._slots
-            for name, tensor in slot.kept.items()
-        }
-        return {"step": torch.tensor(self._steps), **tensors}
+        tensors = {"step": torch.tensor(self._steps)}
+        for slot in self._slots:
+            for kind, tensor in {"weight": slot.weight.master, **self.rule.unpacked(slot.state)}.items():
+                # A matrix that is tied over stages may have both owners here: they hold the same, and the first speaks.
+                tensors.setdefault(f"{kind}.{slot.held.name}", self._at_rest(slot.held, tensor))
+        return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave, and rounds the masters into the model.
+        """Takes back what `state_tensors` gave, also if it was overwritten in place, and rounds masters into the model.
 
-        Raises `InvalidInput` for the state of another model or another precision; nothing has changed then.
+        Raises `InvalidInput` for the state of another model or another rule; nothing has changed then.
         """
         expected = self.state_tensors()
         for name in sorted(expected.keys() | tensors.keys()):
             want, got = expected.get(name), tensors.get(name)
             if want is None or got is None or want.shape != got.shape or want.dtype != got.dtype:
                 raise InvalidInput(
-                    f"optimizer state: {name!r} should be {_form(want)}, got {_form(got)}: it belongs to another model"
+                    f"optimizer state: {name!r} should be {_form(want)}, got {_form(got)}: "
+                    "it belongs to another model or another optimizer"
                 )
         for slot in self._slots:
-            for name, tensor in slot.kept.items():
-                given = tensors[name]
-                tensor.copy_(given.to_local() if isinstance(given, DTensor) else given)
-        self.loaded(int(tensors["step"]))
-
-    @torch.no_grad()
-    def loaded(self, steps: int) -> None:
-        """To be called when the tensors of `state_tensors` were overwritten in place with those after `steps` steps."""
-        self._steps = steps
-        for slot in self._slots:
-            slot.step.fill_(steps)
+            name = slot.held.name
+            slot.weight.master.copy_(_local(tensors[f"weight.{name}"]))
+            kinds = self.rule.unpacked(slot.state)
+            self.rule.pack(slot.state, {kind: _local(tensors[f"{kind}.{name}"]) for kind in kinds})
+        self._steps = int(tensors["step"])
         self._write_back(self._slots)
+
+    def _slot(self, held: Held) -> _Slot:
+        master = held.own_rows(held.local).float()  # the weight's own memory when it is float32
+        is_hidden = self.rule.needs_whole_matrix and is_hidden_matrix(held.name, held.parameter)
+        matrix = matrix_of(self._at_rest(held, master)) if is_hidden else None
+        weight = Weight(held.name, master, held.parameter.ndim > 1, matrix)
+        return _Slot(held, weight, self.rule.init(weight))
+
+    def _at_rest(self, held: Held, tensor: Tensor) -> Tensor:
+        return tensor if self._mesh is None else held.at_rest(tensor, self._mesh)
 
     def _norm(self, slots: Sequence[_Slot], grads: Sequence[Tensor]) -> float:
         """The norm of the whole gradient: each part counts once, however many ranks hold it."""
@@ -184,7 +171,7 @@ class MasterAdamW:
         rounded = [slot for slot in slots if not slot.is_own_master]
         if rounded:
             weights = [slot.held.own_rows(slot.held.local) for slot in rounded]
-            torch._foreach_copy_(weights, [slot.master for slot in rounded])
+            torch._foreach_copy_(weights, [slot.weight.master for slot in rounded])
         by_axis: dict[str, list[Held]] = {}
         for slot in slots:
             if slot.held.rows is not None:
@@ -193,38 +180,14 @@ class MasterAdamW:
             assert held[0].rows is not None
             gather_rows([each.local for each in held], held[0].rows)
 
-    def _update(self, slots: list[_Slot], grads: list[Tensor], lr: float, *, decays: bool) -> None:
-        if not slots:
-            return
-        adamw(
-            [slot.master for slot in slots],
-            grads,
-            [slot.mean for slot in slots],
-            [slot.variance for slot in slots],
-            [],
-            [slot.step for slot in slots],
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            lr=lr,
-            weight_decay=self.config.weight_decay if decays else 0.0,
-            eps=self.config.eps,
-            maximize=False,
-        )
-
 
 def whole(model: nn.Module) -> list[Held]:
     """What the only rank of a model holds: all of it."""
     return [Held(name, parameter) for name, parameter in model.named_parameters()]
 
 
-def _slot(held: Held) -> _Slot:
-    rows = held.own_rows(held.local)
-    master = rows.float()  # the weight's own memory when it is float32
-    step = torch.zeros((), dtype=torch.float32, device=rows.device)
-    is_own = master.dtype == rows.dtype
-    return _Slot(held, master, torch.zeros_like(master), torch.zeros_like(master), step, is_own)
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _form(tensor: Tensor | None) -> str:

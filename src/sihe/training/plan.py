@@ -18,6 +18,7 @@ from sihe.data.loading.manifest import DatasetManifest
 from sihe.data.loading.stream import BatchStream
 from sihe.models.config import ModelConfig
 from sihe.training.config import TrainConfig
+from sihe.training.schedule import ScheduleConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What a model folder takes over from its data set."""
@@ -39,6 +40,18 @@ class TrainPlan:
     def identity_digest(self) -> str:
         """A short name for what the run computes."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The learning rate of each step. Raises `ConfigError`."""
+        return ScheduleConfig(
+            peak_lr=self.config.peak_lr,
+            warmup_steps=self.config.warmup_steps,
+            total_steps=self.config.max_steps,
+            min_ratio=self.config.min_lr_ratio,
+            kind=self.config.schedule,
+            decay_steps=self.config.decay_steps,
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -92,6 +105,7 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         from sihe.models.precision import native_bf16  # imports torch
 
         config = config.with_changes(precision="bf16" if native_bf16() else "fp32")
+    _check_rule(config)
     folder = find_dataset(config.dataset, datasets)
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():
@@ -129,7 +143,18 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         num_experts=getattr(model, "num_experts", 0),
     )
     identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
-    return TrainPlan(config, folder, manifest.key, model, identity)
+    plan = TrainPlan(config, folder, manifest.key, model, identity)
+    plan.schedule.at(0)  # one that cannot be says so
+    return plan
+
+
+def _check_rule(config: TrainConfig) -> None:
+    from sihe.training.optimizers.catalog import make_rule  # imports torch
+
+    try:
+        make_rule(config.optimizer.kind, config.optimizer.settings)
+    except ConfigError as error:
+        raise ConfigError(f"training setting 'optimizer': {error}", key=f"optimizer.{error.key}") from error
 
 
 def _content_digest(manifest: DatasetManifest) -> str:
