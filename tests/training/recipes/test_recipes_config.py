@@ -21,10 +21,10 @@ def test_every_recipe_that_ships_comes_back_from_its_own_settings(name: str) -> 
 
 
 def test_settings_of_a_stage_go_by_its_number() -> None:
-    recipe = load_recipe("grpo", {"stages.1.rollout": "local", "stages.1.update.steps": 16, "task.largest": 9})
+    recipe = load_recipe("grpo", {"stages.1.rollout": "local", "stages.1.update.steps": 16, "task.largest": 19})
     stage = recipe.stages[1]
     assert isinstance(stage, GrpoStage)
-    assert (stage.rollout, stage.update.steps, recipe.task.largest) == ("local", 16, 9)
+    assert (stage.rollout, stage.update.steps, recipe.task.largest) == ("local", 16, 19)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_settings_of_a_stage_go_by_its_number() -> None:
         ({"kind": "reward", "update": {**UPDATE, "stepss": 3}}, "stages.1.update.stepss"),
         ({"kind": "reward", "update": {"steps": 3, "batch": 2}}, "stages.1.update.peak_lr"),
         ({"kind": "reward", "update": {**UPDATE, "warmup_steps": 9}}, "update.warmup_steps"),
-        ({"kind": "ppo"}, "stages.1.kind"),
+        ({"kind": "ppo", "epochs": 1}, "stages.1.kind"),
         ({"kind": "grpo", "group": 1}, "group"),
         ({"kind": "grpo", "group": 3}, "update.batch"),
         ({"kind": "grpo", "epochs": 5}, "update.steps"),
         ({"kind": "grpo", "sync_every": 3, "max_staleness": 1}, "max_staleness"),
         ({"kind": "sft", "adapter": {"lora": {"rank": 0}}}, "lora.rank"),
-        ({"kind": "sft", "adapter": {"lora": {}, "base": "int2"}}, "adapter.base"),
+        ({"kind": "sft", "adapter": {"lora": {}, "base": "int2"}}, "stages.1.adapter.base"),
         ({"kind": "distil"}, "stages.1.student"),
     ],
 )
