@@ -177,7 +177,7 @@ def test_bfloat16_weights_take_a_float32_adapter(model: Decoder, tokens: torch.T
         lora = apply_lora(model, ALL)
         shake(lora, "default")
         assert {weight.dtype for weight in lora.parameters()} == {torch.float32}
-        assert float((model(tokens).float() - exact).norm()) < 1.5 * float((merged - exact).norm())
+        assert float((model(tokens).float() - exact).norm()) < 3 * float((merged - exact).norm())
 
 
 def test_a_copied_model_has_adapters_of_its_own(model: Decoder, tokens: torch.Tensor) -> None:

@@ -29,6 +29,7 @@ from sihe.models.attention import Attention
 from sihe.models.decoder import Decoder
 from sihe.models.lora_config import LoraConfig
 from sihe.models.mlp import GatedMLP
+from sihe.models.quantised import QuantisedLinear
 
 _CHILD = "lora"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -374,6 +375,8 @@ def _shape(module: nn.Module) -> tuple[int, int, torch.device]:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         return weight.shape[:-1].numel(), weight.shape[-1], weight.device
+    if isinstance(module, QuantisedLinear):
+        return torch.Size(module.shape[:-1]).numel(), module.shape[-1], module.codes.device
     raise InternalError(f"{type(module).__name__} multiplies by no matrix that is known here")
 
 
