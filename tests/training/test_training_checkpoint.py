@@ -181,12 +181,12 @@ def test_a_model_that_is_not_the_one_that_was_saved(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Embedding(96, 32), nn.Linear(32, 256))
     optimizer = MasterOptimizer(other)
     before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
-    with pytest.raises(WrongCheckpoint, match="mean.0.weight") as caught:
+    with pytest.raises(WrongCheckpoint, match=r"mean\.0\.weight") as caught:
         checkpoints.at(1).load_into(other, optimizer)
     assert caught.value.differences["mean.0.weight"] == ("float32[96, 64]", "float32[96, 32]")
     assert caught.value.differences["mean.2.bias"] == ("float32[64]", "absent")
     assert all(tensor.equal(before[name]) for name, tensor in optimizer.state_tensors().items())
-    with pytest.raises(WrongCheckpoint, match="weight.0.weight"):
+    with pytest.raises(WrongCheckpoint, match=r"weight\.0\.weight"):
         checkpoints.at(1).load_weights(other)
 
 

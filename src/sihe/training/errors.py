@@ -5,6 +5,7 @@ InvalidInput
 └── WrongCheckpoint     a checkpoint of another model, data set or configuration
 TransientError
 ├── PeerSilent          another rank neither answers nor dies
+├── PeerFailed          another rank says that it failed in what all do together
 └── NothingToRewind     the first steps failed, before there was a checkpoint
 """
 
@@ -48,6 +49,15 @@ class PeerSilent(TransientError, TimeoutError):
             f"checkpoint takes longer than that; the transport says: {reason}"
         )
         self.timeout_s = timeout_s
+
+
+class PeerFailed(TransientError):
+    """Rank `rank` could not do its part of what all ranks do together, and says why."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} failed in what all ranks do together ({reason}): its own log says more")
+        self.rank = rank
+        self.reason = reason
 
 
 class NothingToRewind(TransientError):

@@ -27,7 +27,10 @@ def export_model(model: Decoder, dataset: Path, target: Path) -> None:
 
 
 def export_checkpoint(folder: Path, step: int, target: Path) -> None:
-    """Exports the checkpoint of `step` of the run in `folder`. Raises `NotFound` that names the steps there are."""
+    """Exports the checkpoint of `step` of the run in `folder`, whatever ranks and plan wrote it, in this process alone.
+
+    Raises `NotFound` that names the steps there are, `CorruptData`.
+    """
     plan = TrainPlan.read(folder / layout.PLAN)
     checkpoints = Checkpoints(folder / layout.CHECKPOINTS, plan.identity, keep=plan.config.keep_checkpoints)
     if step not in checkpoints.steps():
