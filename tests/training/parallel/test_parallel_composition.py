@@ -1,4 +1,4 @@
-"""Stages whose layers are themselves spread over ranks: tensor, context and expert parallelism and ZeRO inside a pipeline."""
+"""Stages whose layers are themselves spread over ranks, by the other dimensions of a plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sihe.models.architecture import LayerConfig, PositionConfig
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
@@ -35,12 +36,15 @@ CONFIG = ModelConfig(
     intermediate_size=24,
     max_positions=16,
 )
+LEARNED = replace(CONFIG, positions=PositionConfig(kind="learned"), layers=LayerConfig(norm="layer"))
 MIXTURE = replace(CONFIG, num_experts=4, experts_per_token=2, expert_intermediate_size=12, balance_coefficient=0.5)
 SPLIT = {"pp": 2, "stages_per_rank": 2, "microbatches": 4}
 PLANS = {
     "tp": ParallelPlan(tp=2, pp=2, microbatches=2),
     "tp, backward split": ParallelPlan(tp=2, schedule="zbv", **SPLIT),
     "tp, mixture": ParallelPlan(tp=2, schedule="interleaved-zero-bubble", **SPLIT),
+    "tp, learned positions": ParallelPlan(tp=2, pp=2, microbatches=2),
+    "dp, documents": ParallelPlan(dp=2, pp=2, microbatches=2),
     "cp": ParallelPlan(cp=2, schedule="interleaved-1f1b", **SPLIT),
     "ep, mixture": ParallelPlan(dp=2, ep=2, schedule="dualpipe-v", **SPLIT),
     "ZeRO-3": ParallelPlan(shard=2, zero=3, pp=2, microbatches=2),
@@ -49,10 +53,12 @@ PLANS = {
 }
 
 
-def model_and_batch(kind: str) -> tuple[Decoder, Tensor, Tensor]:
+def model_and_batch(kind: str) -> tuple[Decoder, Tensor, Tensor, Tensor | None]:
+    """A model, and of a batch the tokens, the targets and the documents, if there are any."""
     torch.manual_seed(19)
-    model = Decoder(MIXTURE if "mixture" in kind else CONFIG)
-    return model, torch.randint(44, (8, 8)), torch.randint(-1, 44, (8, 8))
+    model = Decoder(MIXTURE if "mixture" in kind else LEARNED if "learned" in kind else CONFIG)
+    documents_BT = torch.randint(2, (8, 8)).cumsum(1) if "documents" in kind else None
+    return model, torch.randint(44, (8, 8)), torch.randint(-1, 44, (8, 8)), documents_BT
 
 
 def gradients(kinds: list[str]) -> dict[str, tuple[float, dict[str, Tensor]]]:
@@ -63,15 +69,17 @@ def gradients_under(kind: str) -> tuple[float, dict[str, Tensor]]:
     """The loss of this rank's samples; and this rank's summand of the gradient of each whole weight that it owns."""
     plan = PLANS[kind]
     mesh = ParallelMesh(plan)
-    model, tokens_BT, targets_BT = model_and_batch(kind)
+    model, tokens_BT, targets_BT, documents_BT = model_and_batch(kind)
     pipeline = Pipeline(model, mesh)
     cuts = {weight: cut for stage in pipeline.stages for weight, cut in spread(stage, mesh)}
     batch, positions_BT = mesh["batch"], None
     tokens_BT, targets_BT = (x.chunk(batch.size)[batch.rank] for x in (tokens_BT, targets_BT))
+    if documents_BT is not None:
+        documents_BT = documents_BT.chunk(batch.size)[batch.rank]
     if plan.cp > 1:
         positions_BT = positions_of_share(tokens_BT.shape[1], mesh["cp"])
         tokens_BT, targets_BT = (share_of_sequence(x, mesh["cp"]) for x in (tokens_BT, targets_BT))
-    loss = pipeline.step(tokens_BT, targets_BT, 0.5, positions_BT=positions_BT)
+    loss = pipeline.step(tokens_BT, targets_BT, 0.5, positions_BT=positions_BT, documents_BT=documents_BT)
     pipeline.sum_tied_gradients()
     grads: dict[str, Tensor] = {}
     for name, parameter, is_copy in pipeline.named_parameters():
@@ -115,11 +123,12 @@ def check(kinds: list[str]) -> None:
     by_rank = run_ranks(gradients, 4, kinds)
     for kind in kinds:
         plan = PLANS[kind]
-        model, tokens_BT, targets_BT = model_and_batch(kind)
+        model, *batch = model_and_batch(kind)
         parts = plan.batch_ranks * plan.microbatches
         total = 0.0
-        for micro_tokens_BT, micro_targets_BT in zip(tokens_BT.chunk(parts), targets_BT.chunk(parts), strict=True):
-            loss, _ = model.loss(micro_tokens_BT, micro_targets_BT)
+        for part in range(parts):
+            tokens_BT, targets_BT, documents_BT = (None if x is None else x.chunk(parts)[part] for x in batch)
+            loss, _ = model.loss(tokens_BT, targets_BT, documents_BT=documents_BT)
             (loss * 0.5).backward()
             total += float(loss.detach())
         answers = [answer[kind] for answer in by_rank]

@@ -5,7 +5,8 @@
 Torch runs the schedules; what it is told here is the shapes that stages exchange, so that it need not try them out on
 the first batch, and that the loss is a sum, so that it leaves gradients unscaled. Zero-bubble schedules split the
 backward pass of a stage into one for its input, which the stage before waits for, and one for its weights, which fills
-gaps (Qi et al. 2023, arXiv 2401.10241, section 2). The second does not run the hooks of the parameters.
+gaps (Qi et al. 2023, arXiv 2401.10241, section 2). The second does not run the hooks of the parameters, and under ZeRO 3
+these schedules keep a stage's weights gathered until the step is over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -48,6 +50,7 @@ MULTI: dict[Schedule, type[PipelineScheduleMulti]] = {
     "dualpipe-v": ScheduleDualPipeV,
 }
 """Torch's schedules for several."""
+_SPLITS_BACKWARD = ("interleaved-zero-bubble", "zbv", "dualpipe-v")
 
 
 class Pipeline:
@@ -159,6 +162,8 @@ class Pipeline:
                 yield stage.head.weight
 
     def _schedule(self, samples: int, time: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        if self.plan.schedule in _SPLITS_BACKWARD:
+            self._keep_weights_gathered()
         stages = [
             PipelineStage(
                 stage,
@@ -176,6 +181,17 @@ class Pipeline:
                 stages[0], self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False
             )
         return MULTI[self.plan.schedule](stages, self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)  # type: ignore[arg-type]  # a list of the subclass
+
+    def _keep_weights_gathered(self) -> None:
+        """Frees the weights that ZeRO 3 shards after a step, not after each use.
+
+        Torch looks for the parameters of a stage before its backward pass, and would find shards, whose gradients the
+        pass does not make.
+        """
+        for stage in self.stages:
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_reshard_after_forward(False, recurse=False)
 
     def _received(self, stage: Stage, samples: int, time: int) -> tuple[Tensor, ...]:
         """What comes into a stage, without data."""
