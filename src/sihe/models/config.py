@@ -7,15 +7,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from sihe.core.errors import ConfigError
+from sihe.models.architecture import AttentionConfig, LayerConfig, PositionConfig, Task, part
 from sihe.models.errors import UnsupportedModel
-from sihe.models.huggingface import FAMILIES, OWN, read_config
+from sihe.models.families.registry import FAMILIES, OWN, read_config
 
 Balance = Literal["loss", "bias", "none"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU. Checks itself.
+    """A decoder or encoder; with the defaults a Llama's: RMSNorm, rotary positions, SwiGLU. Checks itself.
 
     `num_kv_heads` divides `num_heads`; equal means plain multi-head attention, 1 means multi-query. `max_positions`
     is the longest sequence in tokens. `eos_token_ids` are all the tokens that end a text; `eos_token_id` is the first.
@@ -24,6 +25,9 @@ class ModelConfig:
     wide (0: as `intermediate_size`, which nothing else uses then), and beside them a shared one, if
     `shared_expert_size` is not 0. `balance_coefficient` is that of the balance loss of one layer; `capacity_factor`
     bounds the rows of one expert, as a multiple of their mean, and None drops nothing.
+
+    `attention`, `positions` and `layers` may be given as mappings, as `dataclasses.asdict` and JSON have them. `task`
+    is what the model ends in: the next token's logits (`Decoder`), a masked token's, or a pooled vector (`Encoder`).
     """
 
     vocab_size: int
@@ -47,9 +51,16 @@ class ModelConfig:
     router_balance: Balance = "loss"
     balance_coefficient: float = 0.01
     capacity_factor: float | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    positions: PositionConfig = field(default_factory=PositionConfig)
+    layers: LayerConfig = field(default_factory=LayerConfig)
+    task: Task = "next_token"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more_eos_token_ids", tuple(self.more_eos_token_ids))  # JSON has lists
+        part(self, "attention", AttentionConfig, "attention")
+        part(self, "positions", PositionConfig, "positions")
+        part(self, "layers", LayerConfig, "layers")
         for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -69,7 +80,33 @@ class ModelConfig:
         for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in self.eos_token_ids)):
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name} lies in 0..{self.vocab_size - 1} (vocab_size), got {token!r}", key=name)
+        if self.task not in get_args(Task):
+            raise ConfigError(f"task is one of {', '.join(get_args(Task))}, got {self.task!r}", key="task")
+        self._check_parts()
         self._check_experts()
+
+    def _check_parts(self) -> None:
+        if self.attention.causal != (self.task == "next_token"):
+            raise ConfigError(
+                f"attention.causal goes with task = 'next_token' and only with it, got {self.task!r}",
+                key="attention.causal",
+            )
+        if self.num_experts and not self.layers.gated:
+            raise ConfigError("layers.gated is true for a mixture of experts", key="layers.gated")
+        latent = self.attention.latent
+        if latent is None:
+            return
+        if self.positions.kind != "rope" or self.num_kv_heads != self.num_heads:
+            raise ConfigError(
+                "attention.latent goes with rotary positions and num_kv_heads = num_heads, "
+                f"got {self.positions.kind!r} and {self.num_kv_heads} of {self.num_heads}",
+                key="attention.latent",
+            )
+        if not latent.rotary_dim < self.head_dim:
+            raise ConfigError(
+                f"attention.latent.rotary_dim is less than head_dim = {self.head_dim}, got {latent.rotary_dim}",
+                key="attention.latent.rotary_dim",
+            )
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "experts_per_token", "expert_intermediate_size", "shared_expert_size"):
@@ -113,11 +150,14 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Weights in total; a tied head counts once."""
-        embedding = self.vocab_size * self.hidden_size
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + self._mlp_parameters(self.num_experts) + 2 * self.hidden_size
-        return embedding * (1 if self.tie_embeddings else 2) + self.num_layers * layer + self.hidden_size
+        """Weights in total; a tied head counts once. What only an encoder has (its heads) does not count."""
+        layers = self.layers
+        norm = self.hidden_size * (2 if layers.norm == "layer" else 1)
+        learned = self.max_positions if self.positions.kind == "learned" else 0
+        rows = self.vocab_size * (1 if self.tie_embeddings else 2) + learned + layers.token_types
+        norms = layers.norm_first + layers.embedding_norm
+        layer = self._attention_parameters() + self._mlp_parameters(self.num_experts) + 2 * norm
+        return rows * self.hidden_size + norms * norm + self.num_layers * layer
 
     @property
     def num_active_parameters(self) -> int:
@@ -125,23 +165,43 @@ class ModelConfig:
         idle = self._mlp_parameters(self.num_experts) - self._mlp_parameters(self.experts_per_token)
         return self.num_parameters - self.num_layers * idle
 
+    def _attention_parameters(self) -> int:
+        shape, latent = self.attention, self.attention.latent
+        table = self.positions.buckets * self.num_heads if self.positions.kind == "relative" else 0
+        if latent is not None:
+            content = self.head_dim - latent.rotary_dim
+            q_rank = latent.q_rank or 0
+            q_up = (q_rank or self.hidden_size) * self.num_heads * self.head_dim
+            kv_up = latent.kv_rank * self.num_heads * (content + latent.value_dim)
+            down = self.hidden_size * (q_rank + latent.kv_rank + latent.rotary_dim)
+            out = self.num_heads * latent.value_dim * self.hidden_size
+            return q_up + kv_up + down + out + q_rank + latent.kv_rank + table
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        matrices = self.hidden_size * (rows + self.num_heads * self.head_dim)
+        biases = rows * shape.qkv_bias + self.hidden_size * shape.out_bias
+        return matrices + biases + 2 * self.head_dim * shape.qk_norm + table
+
     def _mlp_parameters(self, experts: int) -> int:
         """Weights of one feed-forward layer with so many of its experts."""
         if self.num_experts == 0:
-            return 3 * self.hidden_size * self.intermediate_size
+            matrices = (3 if self.layers.gated else 2) * self.hidden_size * self.intermediate_size
+            return matrices + (self.hidden_size + self.intermediate_size) * self.layers.mlp_bias
         width = experts * self.expert_intermediate_size + self.shared_expert_size
         return self.hidden_size * (3 * width + self.num_experts)
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations to train on one token: 6 N + 12 L d T.
+        """Floating-point operations to train on one token: 6 N + 12 L d T, whatever a window spares.
 
         N counts the weights that multiply (an untied embedding is a look-up and does not; of a mixture's experts those
         that a token goes to do), d is the width of all heads. Source: Chowdhery et al. 2022, PaLM (arXiv 2204.02311),
         appendix B; attention is counted in full, though a causal kernel may skip half of it.
         """
-        lookup = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
-        width = self.num_heads * self.head_dim
-        return 6 * (self.num_active_parameters - lookup) + 12 * self.num_layers * width * sequence_length
+        learned = self.max_positions if self.positions.kind == "learned" else 0
+        rows = (0 if self.tie_embeddings else self.vocab_size) + learned + self.layers.token_types
+        latent = self.attention.latent
+        width = self.num_heads * (self.head_dim + (latent.value_dim if latent else self.head_dim))
+        looked_up = rows * self.hidden_size
+        return 6 * (self.num_active_parameters - looked_up) + 6 * self.num_layers * width * sequence_length
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `transformers` 4 and 5 read, or one of our own where they compute no such model."""

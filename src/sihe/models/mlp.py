@@ -1,13 +1,16 @@
-"""The gated feed-forward layer SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+"""Feed-forward layers: the gated SwiGLU (Shazeer 2020, arXiv 2002.05202), and the plain one before it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sihe.models.architecture import Activation
 from sihe.models.config import ModelConfig
 
 
@@ -35,6 +38,34 @@ class GatedMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         return self.down(swiglu(self.gate_up(x_BTD)))
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.layers.mlp_bias
+        self.activation = activation(config.layers.activation)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, D]."""
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+def activation(name: Activation) -> Callable[[Tensor], Tensor]:
+    """The function by its name; `gelu_tanh` is its approximation (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    match name:
+        case "silu":
+            return nn.functional.silu
+        case "relu":
+            return nn.functional.relu
+        case "gelu":
+            return nn.functional.gelu
+        case "gelu_tanh":
+            return partial(nn.functional.gelu, approximate="tanh")
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+"""Normalisation: by the root mean square (Zhang and Sennrich 2019, arXiv 1910.07467), or torch's layer norm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from sihe.models.config import ModelConfig
+
+
+def norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
+    """The norm of a model's stream, as configured."""
+    if config.layers.norm == "layer":
+        return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class RMSNorm(nn.Module):

@@ -3,11 +3,13 @@
     B  batch      T  time      N  query heads      K  key-value heads      H  head dim      P  positions in the table
     G  rows of one key-value head's group: its N / K queries, its key, its value
 
-Angles are always computed in float32: in bfloat16, positions beyond 256 would collide.
+Angles are always computed in float32: in bfloat16, positions beyond 256 would collide. How they are stretched for
+longer sequences says `RopeScaling`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sihe.core.errors import TooLarge
+from sihe.models.architecture import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Rotation:
         turned: tuple[Tensor, Tensor, Tensor]
         turned = _SplitAndTurn.apply(qkv_BTKGH, self.cos, self.sin)  # type: ignore[no-untyped-call]  # torch's own
         return turned
+
+    def turn(self, x_BTNH: Tensor) -> Tensor:
+        """Any heads turned to their positions."""
+        low, high = x_BTNH.chunk(2, dim=-1)
+        return torch.cat((low * self.cos - high * self.sin, high * self.cos + low * self.sin), dim=-1)
 
 
 class _SplitAndTurn(torch.autograd.Function):
@@ -82,34 +90,89 @@ class RotaryTable:
     Not a module: it has no weights, and casting a model to bfloat16 must leave the angles alone.
     """
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None) -> None:
         self._head_dim = head_dim
         self._max_positions = max_positions
         self._theta = theta
-        self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
+        self._scaling = scaling
+        self._is_dynamic = scaling is not None and scaling.kind == "dynamic"
+        self._tables: dict[tuple[torch.device, torch.dtype, int], Rotation] = {}
 
     def at(self, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
-        """The rotation of given positions, each in 0 .. max_positions - 1."""
-        table = self._table(positions_BT.device, dtype)
+        """The rotation of given positions, each in 0 .. max_positions - 1; dynamic scaling goes by the largest."""
+        length = int(positions_BT.max()) + 1 if self._is_dynamic and positions_BT.numel() else 0
+        table = self._table(positions_BT.device, dtype, length)
         return Rotation(table.cos[positions_BT].unsqueeze(2), table.sin[positions_BT].unsqueeze(2))
 
     def prefix(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
         """The rotation of positions 0 .. length - 1, without a copy. Raises `TooLarge` past the end of the table."""
-        if length > self._max_positions:
-            raise TooLarge(
-                f"the model takes sequences of at most {self._max_positions} tokens (max_positions), got {length}: "
-                "shorten the input",
-                limit=self._max_positions,
-                actual=length,
-                unit="tokens",
-            )
-        table = self._table(device, dtype)
+        check_length(length, self._max_positions)
+        table = self._table(device, dtype, length)
         return Rotation(table.cos[None, :length, None], table.sin[None, :length, None])
 
-    def _table(self, device: torch.device, dtype: torch.dtype) -> Rotation:
-        if (device, dtype) not in self._tables:
-            pair = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=device)
-            frequency = self._theta ** -(pair / self._head_dim)
+    def _table(self, device: torch.device, dtype: torch.dtype, length: int) -> Rotation:
+        """All positions of the model; with dynamic scaling as in a sequence of `length`, of which the last is kept."""
+        stretched = length if self._is_dynamic else 0
+        key = (device, dtype, stretched)
+        if key not in self._tables:
+            if self._is_dynamic:
+                self._tables.clear()
+            frequency, factor = frequencies(self._head_dim, self._theta, self._scaling, stretched, device)
             angle = torch.outer(torch.arange(self._max_positions, device=device).float(), frequency)
-            self._tables[device, dtype] = Rotation(angle.cos().to(dtype), angle.sin().to(dtype))
-        return self._tables[device, dtype]
+            self._tables[key] = Rotation((angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype))
+        return self._tables[key]
+
+
+def check_length(length: int, max_positions: int) -> None:
+    """Raises `TooLarge` for a sequence that is longer than the model takes."""
+    if length > max_positions:
+        raise TooLarge(
+            f"the model takes sequences of at most {max_positions} tokens (max_positions), got {length}: "
+            "shorten the input",
+            limit=max_positions,
+            actual=length,
+            unit="tokens",
+        )
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, length: int, device: torch.device
+) -> tuple[Tensor, float]:
+    """Radians per position of each pair of dims, [H / 2] in float32, and what cosines and sines are multiplied by.
+
+    `length` is that of the sequence, which only dynamic scaling asks for. The sources are named at `RopeScaling`.
+    """
+    share = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    plain = theta**-share
+    if scaling is None:
+        return plain, 1.0
+    factor, original = scaling.factor, scaling.original_positions
+    match scaling.kind:
+        case "linear":
+            return plain / factor, 1.0
+        case "dynamic":
+            growth = factor * max(length, original) / original - (factor - 1)
+            return (theta * growth ** (head_dim / (head_dim - 2))) ** -share, 1.0
+        case "llama3":
+            turns = original * plain / (2 * math.pi)
+            kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+            kept = kept.clamp(0, 1)
+            return plain * kept + plain / factor * (1 - kept), 1.0
+        case "yarn":
+            kept = 1 - _yarn_ramp(head_dim, theta, scaling, device)
+            by_default = 0.1 * math.log(factor) + 1
+            return plain * kept + plain / factor * (1 - kept), scaling.attention_factor or by_default
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
+    """0 for the pairs that turn more than `beta_fast` times in the original length, 1 below `beta_slow`: [H / 2]."""
+
+    def pair_that_turns(times: float) -> float:
+        return head_dim * math.log(scaling.original_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    return ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
