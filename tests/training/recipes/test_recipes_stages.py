@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sihe.core.errors import ConfigError
 from sihe.models.decoder import Decoder
+from sihe.models.quantised import dequantise, quantise
 from sihe.training.errors import Diverged
 from sihe.training.ranks import Ranks
 from sihe.training.recipes.arithmetic import END, Arithmetic, arithmetic_chat
@@ -28,7 +29,7 @@ from sihe.training.recipes.config import (
 from sihe.training.recipes.distil import DistilObjective
 from sihe.training.recipes.errors import StaleRollouts, WeightSyncFailed
 from sihe.training.recipes.grpo import GrpoObjective, fresh_groups
-from sihe.training.recipes.heads import Scorer
+from sihe.training.recipes.heads import Scorer, frozen
 from sihe.training.recipes.lesson import Lesson
 from sihe.training.recipes.loop import StageLoop
 from sihe.training.recipes.ppo import PpoObjective
@@ -240,8 +241,9 @@ def test_recipes_that_begin_alike_share_their_beginning(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(folders) + 1
 
 
-def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path) -> None:
-    adapter = {"lora": {"rank": 1, "targets": ["q_proj"]}}
+@pytest.mark.parametrize("base", ["none", "int8", "nf4"])
+def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path, base: str) -> None:
+    adapter = {"lora": {"rank": 1, "targets": ["q_proj"]}, "base": base}
     config = tiny_recipe({"kind": "sft", "operation": "-", "adapter": adapter})
     made = Stages(config, tmp_path).run()
     changed = {
@@ -249,7 +251,16 @@ def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path) -> Non
         for (name, before), after in zip(made.base.named_parameters(), made.policy.parameters(), strict=True)
         if not torch.equal(before, after)
     }
-    assert changed == {"blocks.0.attention.qkv.weight"}
+    attention = "blocks.0.attention.qkv.weight"
+    if base == "none":
+        assert changed == {attention}
+    else:  # the other products are what their codes stand for
+        after = dict(made.policy.named_parameters())
+        coded = frozen(made.base)
+        quantise(coded, base)  # type: ignore[arg-type]
+        dequantise(coded)
+        differs = {name for name, weight in coded.named_parameters() if not torch.equal(weight, after[name])}
+        assert differs == {attention}
     assert all(weight.requires_grad for weight in made.policy.parameters())
 
 

@@ -18,7 +18,7 @@ from sihe.training.config import ModelShape
 
 PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo"]
 Divergence = Literal["forward", "reverse"]
-Quantisation = Literal["none", "int8", "int4"]
+Quantisation = Literal["none", "int8", "int4", "nf4"]
 RolloutKind = Literal["local", "engine"]
 _Value = TypeVar("_Value")
 
@@ -71,7 +71,7 @@ class AdapterConfig:
 
     lora: LoraConfig
     base: Quantisation = "none"
-    """How the frozen weights are kept: "int8" or "int4" make it QLoRA (arXiv 2305.14314)."""
+    """How the frozen weights are kept: anything but "none" makes it QLoRA (arXiv 2305.14314, which takes "nf4")."""
 
     def __post_init__(self) -> None:
         _check("adapter.base", self.base in get_args(Quantisation), " or ".join(get_args(Quantisation)), self.base)

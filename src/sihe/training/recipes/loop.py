@@ -118,16 +118,15 @@ class StageLoop:
         return kept
 
     def _save(self, step: int) -> None:
-        if self._checkpoints is not None and self._ranks.is_first:
+        if self._checkpoints is not None:
             self._checkpoints.save(step, 0, self._objective.module, self._optimizer)
 
     def _resume(self) -> int:
         """The step of the newest valid checkpoint, loaded; 0 without one."""
         if self._checkpoints is None:
             return 0
-        newest = self._checkpoints.newest(lambda _skipped: None) if self._ranks.is_first else None
-        step = self._ranks.from_first(newest.step if newest else 0)
-        if step == 0:
+        newest = self._checkpoints.newest(lambda _skipped: None)
+        if newest is None:
             return 0
-        (newest or self._checkpoints.at(step)).load_into(self._objective.module, self._optimizer)
-        return step
+        newest.load_into(self._objective.module, self._optimizer)
+        return newest.step

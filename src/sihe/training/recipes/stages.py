@@ -145,7 +145,7 @@ class Stages:
             objective,
             stage.update,
             self._ranks,
-            checkpoints=Checkpoints(folder / "checkpoints", identity, keep=1),
+            checkpoints=Checkpoints(folder / "checkpoints", identity, keep=1, ranks=self._ranks),
             history=folder / "measured.json",
             # a round of rollouts is not kept: a checkpoint lies between two
             checkpoint_every=-(-self._config.checkpoint_every // epochs) * epochs,
