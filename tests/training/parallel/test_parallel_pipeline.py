@@ -58,11 +58,17 @@ def model_and_batches(kind: str, pp: int) -> tuple[Decoder, list[tuple[Tensor, T
 
 
 def pipeline_gradients(pp: int) -> dict[tuple[str, str], tuple[list[float], dict[str, Tensor], dict[str, Tensor]]]:
-    return {
-        (schedule, kind): gradients_under(plan_for(schedule, pp), kind)
-        for schedule in get_args(Schedule)
+    return {(schedule, kind): gradients_under(plan_for(schedule, pp), kind) for schedule, kind in cases(pp)}
+
+
+def cases(pp: int) -> list[tuple[Schedule, str]]:
+    """Each schedule with each model; the quick subset on two ranks has the mixture where stages are passed each way."""
+    return [
+        (schedule, kind)
         for kind in CONFIGS
-    }
+        for schedule in get_args(Schedule)
+        if pp > 2 or kind == "tied" or schedule in ("1f1b", "zbv")
+    ]
 
 
 def gradients_under(plan: ParallelPlan, kind: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
@@ -96,7 +102,7 @@ def test_gradients_are_those_of_one_process_under_each_schedule(pp: int) -> None
                 (loss * SCALE).backward()
                 losses[-1] += float(loss.detach())
         want = {name: weight.grad for name, weight in model.named_parameters()}
-        for schedule in get_args(Schedule):
+        for schedule in (schedule for schedule, of in cases(pp) if of == kind):
             answers = [answer[schedule, kind] for answer in by_rank]
             for got_losses, own, copies in answers:
                 assert got_losses == pytest.approx(losses, rel=1e-6)

@@ -5,8 +5,8 @@
 Torch runs the schedules; what it is told here is the shapes that stages exchange, so that it need not try them out on
 the first batch, and that the loss is a sum, so that it leaves gradients unscaled. Zero-bubble schedules split the
 backward pass of a stage into one for its input, which the stage before waits for, and one for its weights, which fills
-gaps (Qi et al. 2023, arXiv 2401.10241, section 2). The second does not run the hooks of the parameters, and under ZeRO 3
-these schedules keep a stage's weights gathered until the step is over.
+gaps (Qi et al. 2023, arXiv 2401.10241, section 2). The second does not run the hooks of the parameters, and under
+ZeRO 3 these schedules keep a stage's weights gathered until the step is over.
 """
 
 from __future__ import annotations
