@@ -1,9 +1,9 @@
 """The training worker with a chosen accident: `DOOM` is `<what>:<rank>:<step>,…`, each happens once (in `DOOM_FOLDER`).
 
-`kill` SIGKILLs the rank before its step; `orphan` SIGKILLs the launcher; `full` makes every fsync from that step on
-fail as on a full disk, for the rest of the attempt; `hang` stops the rank. `nan` spoils a gradient in that step;
-`poison` spoils it whenever the step's samples come; `nans` from that step on; `spike` makes the loss of the step ten
-times as large. `slow` makes every block slow from that step on. Everything else is the real worker.
+Before its step, `kill` SIGKILLs the rank, `orphan` its launcher, and `hang` stops the rank; `wait` holds it until the
+launcher wants another number of ranks. `nan` spoils a gradient of the step, `poison` does so whenever its samples come.
+For the rest of the attempt `slow` makes the first block slow, and `full` makes every fsync fail as on a full disk.
+Everything else is the real worker.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import hashlib
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from sihe.cluster.heartbeats import Heartbeat
 from sihe.cluster.launchers.rank import LAUNCHER_PID, supervised
 from sihe.training.worker import main
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sihe.models.decoder import Decoder
     from sihe.training.step import StepOutcome, TrainStep
 
 _SLOW_S = 0.05
@@ -41,48 +42,15 @@ def doomed() -> None:
     honest = TrainStep.__call__
 
     def step_or_doom(self: TrainStep, step: int, batch: np.ndarray) -> StepOutcome:
-        what = accidents.get(step, "")
-        spoilt = False
-        if what == "poison" and first_time(f"poison-{step}"):
-            mark(batch)
-        elif what in ("nan", "spike", "nans", "slow"):
-            spoilt = first_time(f"{what}-{step}") or what == "nans"
-        elif what and what != "poison" and first_time(f"{what}-{step}"):
-            happen(what)
-        spoilt = spoilt or is_marked(batch) or any(what == "nans" and at <= step for at, what in accidents.items())
-        if what == "slow":
-            self._model.model.blocks[0].attention.register_forward_pre_hook(lambda *_: time.sleep(_SLOW_S))
-            spoilt = False
-        if spoilt and what != "spike":
-            spoil(next(iter(self._model.model.parameters())))
-        outcome = honest(self, step, batch)
-        # As after a fault in this rank's memory, the others see nothing: that they go back too is their agreement.
-        return replace(outcome, loss=outcome.loss * 10) if spoilt and what == "spike" else outcome
+        what = accidents.get(step)
+        if what and first_time(f"{what}-{step}"):
+            happen(what, self._model.model, batch)
+        if poisoned(batch).exists():
+            spoil(self._model.model)
+        return honest(self, step, batch)
 
     TrainStep.__call__ = step_or_doom  # type: ignore[method-assign]
     main()
-
-
-def spoil(weight: Tensor) -> None:
-    """Makes the next gradient of `weight` NaN."""
-
-    def once(gradient: Tensor) -> Tensor:
-        handle.remove()
-        return gradient * float("nan")
-
-    handle = weight.register_hook(once)
-
-
-def mark(batch: np.ndarray) -> None:
-    (Path(os.environ["DOOM_FOLDER"]) / f"poisoned-{digest(batch)}").touch()
-
-
-def is_marked(batch: np.ndarray) -> bool:
-    return (Path(os.environ["DOOM_FOLDER"]) / f"poisoned-{digest(batch)}").exists()
-
-
-def digest(batch: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(batch)).hexdigest()[:16]
 
 
 def first_time(name: str) -> bool:
@@ -93,7 +61,7 @@ def first_time(name: str) -> bool:
     return True
 
 
-def happen(what: str) -> None:
+def happen(what: str, model: Decoder, batch: np.ndarray) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "orphan":
@@ -101,10 +69,36 @@ def happen(what: str) -> None:
         signal.pause()  # until the kernel takes this rank along
     elif what == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "wait":
+        heartbeat = Heartbeat.from_environment()
+        while not heartbeat.is_leave_wanted:
+            time.sleep(0.01)
+    elif what == "nan":
+        spoil(model)
+    elif what == "poison":
+        poisoned(batch).touch()
+    elif what == "slow":
+        model.blocks[0].attention.register_forward_pre_hook(lambda *_: time.sleep(_SLOW_S))
     elif what == "full":
         os.fsync = no_space
     else:
         raise ValueError(what)
+
+
+def spoil(model: Decoder) -> None:
+    """Makes the next gradient of one weight NaN, on this rank."""
+
+    def once(gradient: Tensor) -> Tensor:
+        handle.remove()
+        return gradient * float("nan")
+
+    handle = next(iter(model.parameters())).register_hook(once)
+
+
+def poisoned(batch: np.ndarray) -> Path:
+    """The file that says that these samples are bad."""
+    digest = hashlib.sha256(np.ascontiguousarray(batch)).hexdigest()[:16]
+    return Path(os.environ["DOOM_FOLDER"]) / f"poisoned-{digest}"
 
 
 def no_space(_descriptor: object) -> NoReturn:

@@ -6,10 +6,6 @@ Real ranks over gloo. Accidents of one rank are in `support.doomed_ranks`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +34,7 @@ from sihe.training.types import (
     StepsSkipped,
     TrainEvent,
 )
+from support.chaos import fill, small_disk
 from support.tokens import make_dataset
 from support.training_runs import DoomedLauncher, InProcess, series, small_config, steps_of
 
@@ -215,8 +212,8 @@ def test_four_then_two_then_three_workers(dataset: Path, tmp_path: Path) -> None
 
     with open_workspace(tmp_path / "home") as workspace:
         alone = TrainingService(workspace).train(config.with_changes(world_size=1))
-        # The slow rank leaves the launcher the time to see that there is room again before the run ends.
-        service = TrainingService(workspace, launcher=DoomedLauncher("kill:3:4,slow:1:6", tmp_path))
+        # A rank waits in step 8 until the launcher has seen that there is room again.
+        service = TrainingService(workspace, launcher=DoomedLauncher("kill:3:4,wait:1:7", tmp_path))
         result = service.train(elastic, on_event=on_event, resume="never")
     changes = [(event.before, event.after, event.slots) for event in events if isinstance(event, WorkersChanged)]
     assert changes == [(4, 2, 2), (2, 3, 3)]
@@ -232,33 +229,6 @@ def test_four_then_two_then_three_workers(dataset: Path, tmp_path: Path) -> None
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of `size` at `folder`; skips where this process may not mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path, *, leave: int) -> Path:
-    """Writes a file that leaves `leave` bytes free."""
-    ballast = folder / "ballast"
-    free = os.statvfs(folder)
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        for _ in range(max(0, free.f_bavail * free.f_frsize - leave) // 4096):
-            file.write(bytes(4096))
-    return ballast
 
 
 @pytest.mark.parametrize("leave", [0, 8_192, 200_000], ids=["nothing", "two-pages", "half-a-checkpoint"])
