@@ -84,7 +84,7 @@ def test_a_step_is_repeated_then_skipped_then_it_is_enough() -> None:
 
 def test_the_order_goes_on_behind_what_is_skipped() -> None:
     past = [Rewind(7, 48, 56, "nan", action) for action in ("repeat", "skip")]
-    past += [Rewind(7, 56, 64, "nan", "skip"), Rewind(20, 200, 208, "nan", "repeat")]  # type: ignore[list-item]
+    past += [Rewind(7, 56, 64, "nan", "skip"), Rewind(20, 200, 208, "nan", "repeat")]
     assert [after_skips(sample, past) for sample in (40, 48, 56, 64, 200)] == [40, 64, 64, 64, 200]
 
 

@@ -40,6 +40,7 @@ from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import SiheError, UserError
 
 _LOOK_S = 0.25  # between two looks at heartbeats, process states and slots
+_SETTLE_S = 0.3  # one failure brings others, and the one that caused them need not be the first to end
 
 _Ending = Literal["done", "left"]
 
@@ -136,6 +137,9 @@ class LocalLauncher:
                 codes = ranks.codes()
                 tick()
                 ending = _ending(ranks, codes, lookout) or lookout.look(codes)
+                if isinstance(ending, RankFailed) and None in codes.values():
+                    self._wake.wait(_SETTLE_S)
+                    ending = _ending(ranks, ranks.codes(), lookout)
                 if isinstance(ending, RankHung):
                     stacks.collect(dict(enumerate(ranks.pids)), ranks.stacks, self._wake.wait)
                 if ending is not None:
