@@ -335,7 +335,9 @@ def test_logits_loss_and_gradients_agree_with_mixtral(tmp_path: Path) -> None:
     assert float(error.detach().max()) <= LIMIT
     balance = balance_loss(ours.blocks)
     assert balance is not None
-    assert float(balance.detach()) * 3 == pytest.approx(0.2 * float(said.aux_loss.detach()), rel=1e-5)  # their shares sum to 3
+    assert float(balance.detach()) * 3 == pytest.approx(
+        0.2 * float(said.aux_loss.detach()), rel=1e-5
+    )  # their shares sum to 3
 
     nll = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     (nll + 3 * balance).backward()
