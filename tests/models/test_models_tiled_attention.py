@@ -71,7 +71,7 @@ def test_bad_settings_are_named() -> None:
 
 def check_kernels() -> None:
     """Runs in the child."""
-    cases = [(1, 37, 4, 2, 32, None), (2, 16, 2, 2, 64, None), (1, 19, 2, 1, 128, None), (1, 1, 1, 1, 16, None),
+    cases = [(1, 37, 4, 2, 32, None), (2, 16, 2, 2, 64, None), (1, 18, 1, 1, 128, None), (1, 1, 1, 1, 16, None),
              (1, 53, 4, 2, 16, 20), (1, 40, 2, 1, 16, 1), (1, 33, 2, 1, 16, 100)]  # fmt: skip
     for batch, time, heads, kv_heads, head_dim, window in cases:
         q = (drawn(batch, time, heads, head_dim, seed=1) * 2).requires_grad_()
@@ -107,6 +107,7 @@ def check_kernels() -> None:
     torch.testing.assert_close(decoder(tokens, attend=TiledAttend(tile=16)), decoder(tokens), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # the interpreter runs every program in Python: a minute on a busy machine
 def test_kernels_agree_with_torch_forward_and_backward() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'sihe[triton]'")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
