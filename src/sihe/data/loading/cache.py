@@ -19,12 +19,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import time
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from threading import Lock
+from typing import Any, Self
+
+import numpy as np
 
 from sihe.core.errors import Busy, ConfigError, CorruptData, TooLarge, TransientError
 from sihe.core.files import disk_errors, exclusive, sha256_of, write_file
@@ -60,13 +66,18 @@ class RemoteShard:
 class Lease:
     """A cached shard in use: it will not be removed until this is closed, or the process ends."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
-        self._file = file
+        self.descriptor = descriptor
+        self._map: np.ndarray | None = None
+        self.close = weakref.finalize(self, _give_up, descriptor)
+        """Ends the use; so does forgetting the lease. May be called again."""
 
-    def close(self) -> None:
-        """Ends the use. May be called again."""
-        self._file.close()
+    def array(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """The shard's content, mapped into memory at the first call; what is mapped outlives the lease."""
+        if self._map is None:
+            self._map = np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), dtype)
+        return self._map
 
     def __enter__(self) -> Self:
         return self
@@ -76,19 +87,51 @@ class Lease:
 
 
 class ShardCache:
-    """A folder with at most `limit_bytes` of shards. Any number of processes of one machine may share it."""
+    """A folder with at most `limit_bytes` of shards. Any number of processes of one machine may share it.
 
-    def __init__(self, folder: Path | str, *, limit_bytes: int) -> None:
+    `readers` of them read at the same time: each keeps at most its part of the room in use, so that none finds all of
+    it taken. A part must hold the largest shard.
+    """
+
+    def __init__(self, folder: Path | str, *, limit_bytes: int, readers: int = 1) -> None:
         if limit_bytes < 1:
             raise ConfigError(f"limit_bytes is positive, got {limit_bytes!r}", key="limit_bytes")
+        if readers < 1:
+            raise ConfigError(f"readers is at least 1, got {readers!r}", key="readers")
         self.folder = Path(folder).absolute()
         self.limit_bytes = limit_bytes
         self._shards = self.folder / "shards"
+        self._own_bytes = limit_bytes // readers
+        self._held: OrderedDict[str, tuple[Lease, int]] = OrderedDict()
+        self._holding = Lock()
 
     @property
     def size_bytes(self) -> int:
         """What shards and fetches in progress take now."""
         return sum(status.st_size for _, status in self._kept())
+
+    def held(self, shard: RemoteShard) -> Lease:
+        """The shard in use until this process needs the room for others; never to be closed by the caller.
+
+        Raises what `lease` raises, and `TooLarge` for a shard that is larger than this process's part of the room.
+        """
+        with self._holding:
+            if shard.sha256 in self._held:
+                self._held.move_to_end(shard.sha256)
+                return self._held[shard.sha256][0]
+            if shard.size_bytes > self._own_bytes:
+                raise TooLarge(
+                    f"{shard.url} has {shard.size_bytes:,} bytes and each reader of the cache {self.folder} may use "
+                    f"{self._own_bytes:,}: raise its limit",
+                    limit=self._own_bytes,
+                    actual=shard.size_bytes,
+                    unit="bytes",
+                )
+            while sum(size for _, size in self._held.values()) + shard.size_bytes > self._own_bytes:
+                _, (oldest, _) = self._held.popitem(last=False)
+                oldest.close()
+            self._held[shard.sha256] = (self.lease(shard), shard.size_bytes)
+            return self._held[shard.sha256][0]
 
     def lease(self, shard: RemoteShard) -> Lease:
         """The shard's local copy, checked, and fetched first where there is none.
@@ -191,18 +234,17 @@ class ShardCache:
 def _leased(path: Path) -> Lease | None:
     """The file with a shared lock on it; None if it is no longer there, or is being removed."""
     try:
-        file = path.open("rb")
+        lease = Lease(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_nlink:
-            return Lease(path, file)
-    except BaseException:
-        file.close()
-        raise
-    file.close()
-    return None
+    fcntl.flock(lease.descriptor, fcntl.LOCK_SH)
+    return lease if os.fstat(lease.descriptor).st_nlink else None
+
+
+def _give_up(descriptor: int) -> None:
+    """Unlocks and closes; a mapping holds a duplicate of the descriptor, which alone would keep the lock."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _remove_unused(path: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sihe.core.errors import AlreadyExists, CorruptData, TooLarge
+from sihe.core.errors import AlreadyExists, CorruptData
 from sihe.core.files import new_directory, write_file
 from sihe.core.telemetry import logger
-from sihe.data.loading.cache import Lease, RemoteShard, ShardCache
+from sihe.data.loading.cache import RemoteShard, ShardCache
 from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, Split, check_ids, read_manifest
 from sihe.data.loading.remote import RemoteFolder
 
@@ -20,36 +18,20 @@ _log = logger(__name__)
 
 
 class CachedMaps:
-    """The shards of one split, each in use from its first reading on.
-
-    Where the cache has no room for another one, this process gives up the one that it used longest ago.
-    """
+    """The shards of one split, by number."""
 
     def __init__(self, cache: ShardCache, shards: list[RemoteShard], manifest: DatasetManifest) -> None:
         self._cache = cache
         self._shards = shards
         self._manifest = manifest
-        self._open: OrderedDict[int, tuple[Lease, np.ndarray]] = OrderedDict()
+        self._checked: set[int] = set()
 
     def __getitem__(self, index: int, /) -> np.ndarray:
-        if index not in self._open:
-            lease = self._lease(self._shards[index])
-            tokens: np.ndarray[Any, Any] = np.memmap(lease.path, self._manifest.token_dtype, mode="r").view(np.ndarray)
+        tokens = self._cache.held(self._shards[index]).array(self._manifest.token_dtype)
+        if index not in self._checked:
             check_ids(tokens, self._manifest, self._shards[index].url)
-            self._open[index] = (lease, tokens)
-        self._open.move_to_end(index)
-        return self._open[index][1]
-
-    def _lease(self, shard: RemoteShard) -> Lease:
-        while True:
-            try:
-                return self._cache.lease(shard)
-            except TooLarge:
-                if not self._open:
-                    raise
-                number, (lease, _) = self._open.popitem(last=False)
-                lease.close()
-                _log.debug("shard_given_up", shard=self._shards[number].url)
+            self._checked.add(index)
+        return tokens
 
 
 def cached_dataset(url: str, cache: ShardCache) -> tuple[Path, DatasetManifest, dict[Split, CachedMaps]]:

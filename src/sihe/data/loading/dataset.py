@@ -54,7 +54,9 @@ class TokenSplit:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """The token ids (int64) from `start` up to `stop`. Raises `InvalidInput` outside of the split."""
-        return self.windows(np.array([start]), stop - start)[0]
+        if not 0 <= start <= stop <= len(self):
+            raise InvalidInput(f"split {self.name!r} has {len(self):,} tokens, got [{start}, {stop})")
+        return self._across(start, stop - start).astype(np.int64)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """int64 [len(starts), length]: from each start, `length` tokens. Raises `InvalidInput` outside of the split."""
@@ -83,13 +85,13 @@ class TokenSplit:
             yield self.windows(starts[first : first + batch], length + 1)
 
     def _across(self, start: int, length: int) -> np.ndarray:
-        pieces = []
+        pieces: list[np.ndarray] = [np.empty(0, np.int64)] if not length else []
         while length:
             shard = int(np.searchsorted(self._starts, start, side="right")) - 1
             offset = start - int(self._starts[shard])
             pieces.append(self._maps[shard][offset : offset + length])
             start, length = start + pieces[-1].size, length - pieces[-1].size
-        return np.concatenate(pieces)
+        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
 
 
 class TokenDataset:

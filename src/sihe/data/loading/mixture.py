@@ -83,6 +83,7 @@ class MixtureStream:
         if stop_sample is not None:
             self._check_epochs(stop_sample)
         self.next_sample = start_sample
+        self._read_ahead = min(_READ_AHEAD, min(len(source.samples) for source in self._sources))
         self._ahead = (start_sample, np.empty(0, np.int64), np.empty(0, np.int64))
 
     @property
@@ -112,7 +113,7 @@ class MixtureStream:
         begins, sources, numbers = self._ahead
         if not begins <= first <= begins + len(sources) - count:
             begins = first
-            sources, numbers = self._compute(first, max(count, _READ_AHEAD))
+            sources, numbers = self._compute(first, max(count, self._read_ahead))
             self._ahead = (begins, sources, numbers)
         piece = slice(first - begins, first - begins + count)
         return sources[piece], numbers[piece]
