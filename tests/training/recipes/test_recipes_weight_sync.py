@@ -187,3 +187,9 @@ def test_a_refusal_is_known_at_once_with_its_reason(policy: Decoder, call: str) 
     with pytest.raises(WeightSyncFailed, match="out of memory"):
         sync.send(policy, 1)
     sync.close()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_time_out_that_never_comes_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidInput, match="transfer_s"):
+        Timeouts(transfer_s=seconds)

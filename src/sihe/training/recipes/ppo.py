@@ -46,7 +46,7 @@ class _Round:
 
 
 class PpoObjective:
-    """The policy and its critic, which starts as a copy of the reward model. Measures the true preference."""
+    """The policy and its critic, which starts with the reward model's trunk. Measures the true preference."""
 
     def __init__(self, policy: Decoder, reward: Scorer, lesson: Lesson, stage: PpoStage) -> None:
         self._actor = ActorCritic(policy, Scorer(reward.trunk), stage.kl_coefficient)

@@ -50,6 +50,11 @@ class Timeouts:
     transfer_s: float = 30.0
     resume_s: float = 30.0
 
+    def __post_init__(self) -> None:
+        for name in ("pause_s", "transfer_s", "resume_s"):
+            if not 0 < getattr(self, name) < float("inf"):  # no state may hang
+                raise InvalidInput(f"{name} is a positive number of seconds, got {getattr(self, name)!r}")
+
     def of(self, state: SyncState) -> float:
         """The time for `state`."""
         return {
