@@ -25,7 +25,7 @@ from sihe.training.worker import main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sihe.models.decoder import Decoder
+    from sihe.training.parallel.apply import ParallelModel
     from sihe.training.step import StepOutcome, TrainStep
 
 _SLOW_S = 0.05
@@ -44,9 +44,9 @@ def doomed() -> None:
     def step_or_doom(self: TrainStep, step: int, batch: np.ndarray) -> StepOutcome:
         what = accidents.get(step)
         if what and first_time(f"{what}-{step}"):
-            happen(what, self._model.model, batch)
+            happen(what, self._model, batch)
         if poisoned(batch).exists():
-            spoil(self._model.model)
+            spoil(self._model)
         return honest(self, step, batch)
 
     TrainStep.__call__ = step_or_doom  # type: ignore[method-assign]
@@ -61,7 +61,7 @@ def first_time(name: str) -> bool:
     return True
 
 
-def happen(what: str, model: Decoder, batch: np.ndarray) -> None:
+def happen(what: str, model: ParallelModel, batch: np.ndarray) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "orphan":
@@ -78,21 +78,22 @@ def happen(what: str, model: Decoder, batch: np.ndarray) -> None:
     elif what == "poison":
         poisoned(batch).touch()
     elif what == "slow":
-        model.blocks[0].attention.register_forward_pre_hook(lambda *_: time.sleep(_SLOW_S))
+        attention = next(part.attention for part in model.stages[0].modules() if hasattr(part, "attention"))
+        attention.register_forward_pre_hook(lambda *_: time.sleep(_SLOW_S))
     elif what == "full":
         os.fsync = no_space
     else:
         raise ValueError(what)
 
 
-def spoil(model: Decoder) -> None:
+def spoil(model: ParallelModel) -> None:
     """Makes the next gradient of one weight NaN, on this rank."""
 
     def once(gradient: Tensor) -> Tensor:
         handle.remove()
         return gradient * float("nan")
 
-    handle = next(iter(model.parameters())).register_hook(once)
+    handle = model.held[0].parameter.register_hook(once)
 
 
 def poisoned(batch: np.ndarray) -> Path:
