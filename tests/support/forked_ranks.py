@@ -40,8 +40,10 @@ class ForkedRanks:
 
     def results(self) -> list[Any]:
         """What each rank gave. Raises the error of the first that failed, as text."""
-        results = [self._result_of(rank) for rank in range(len(self._processes))]
-        self.kill()
+        try:
+            results = [self._result_of(rank) for rank in range(len(self._processes))]
+        finally:
+            self.kill()
         for rank, (result, error) in enumerate(results):
             assert error is None, f"rank {rank} failed: {error}"
             results[rank] = result
