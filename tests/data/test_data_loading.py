@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,14 @@ def test_a_folder_without_write_permission_is_still_checked(
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(CorruptData):
         TokenDataset.open(dataset.folder)
+
+
+@pytest.mark.parametrize("verify", [True, "again"])
+def test_token_ids_that_the_vocabulary_does_not_have(dataset: TokenDataset, verify: bool) -> None:
+    """Bytes as they were written, under a manifest that promises fewer ids."""
+    (dataset.folder / "dataset.json").write_bytes(replace(dataset.manifest, vocab_size=998).to_json())
+    with pytest.raises(CorruptData, match=r"train-00015\.bin.*token id 999 and the vocabulary has 998 ids"):
+        TokenDataset.open(dataset.folder, verify=verify)
 
 
 # ---- a writer that dies ---------------------------------------------------------------------------------------------

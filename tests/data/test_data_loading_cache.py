@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -63,7 +64,7 @@ def test_a_data_set_at_a_url_is_read_as_a_local_one(remote: str, tmp_path: Path,
     assert far.manifest == near.manifest
     assert far.verification == "on use"
     assert (far.folder / "tokenizer.json").read_bytes() == b"{}"
-    assert np.array_equal(batches(far), batches(near))
+    assert np.array_equal(batches(far, 10), batches(near, 10))
     assert cache.size_bytes <= limit_bytes
 
 
@@ -159,6 +160,15 @@ def test_a_damaged_small_file_leaves_nothing(remote: str, tmp_path: Path, name: 
         TokenDataset.open(remote, cache=cache)
     fsspec.filesystem("memory").pipe_file(f"{remote}/{name}", before)
     assert np.array_equal(TokenDataset.open(remote, cache=cache).split("train").tokens(0, 3), [0, 1, 2])
+
+
+def test_token_ids_that_the_vocabulary_does_not_have(remote: str, tmp_path: Path) -> None:
+    manifest = replace(TokenDataset.open(tmp_path / "published").manifest, vocab_size=3999)
+    fsspec.filesystem("memory").pipe_file(f"{remote}/dataset.json", manifest.to_json())
+    split = TokenDataset.open(remote, cache=ShardCache(tmp_path / "cache", limit_bytes=1 << 20)).split("train")
+    split.tokens(0, 10)
+    with pytest.raises(CorruptData, match=r"train-00015\.bin.*token id 3,999"):
+        split.tokens(3990, 3999)
 
 
 _FETCHER = """
