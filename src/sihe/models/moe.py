@@ -123,12 +123,19 @@ class MixtureOfExperts(nn.Module):
             best_Mk, chosen_Mk = p_ME.topk(self.experts_per_token)
         load_E = torch.bincount(chosen_Mk.flatten(), minlength=self.num_experts)
         self.load_E = load_E
-        if torch.is_grad_enabled() and _recording.get():
-            self.seen_E = load_E if self.seen_E is None else self.seen_E + load_E
-            if self.balance_coefficient:
-                share_E = load_E.to(exact) / chosen_Mk.numel()
-                self._balance = self.balance_coefficient * self.num_experts * (share_E @ p_ME.mean(0))
+        if torch.is_grad_enabled():
+            self._record(load_E, p_ME)
         return best_Mk / best_Mk.sum(1, keepdim=True), chosen_Mk, load_E
+
+    def _record(self, load_E: Tensor, p_ME: Tensor) -> None:
+        balance = None
+        if self.balance_coefficient:
+            share_E = load_E.to(p_ME.dtype) / load_E.sum()
+            # In a repeated pass too: its activations must be those of the first.
+            balance = self.balance_coefficient * self.num_experts * (share_E @ p_ME.mean(0))
+        if _recording.get():
+            self.seen_E = load_E if self.seen_E is None else self.seen_E + load_E
+            self._balance = balance
 
     def _sorted(self, chosen_Mk: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
         """The choices that are kept, by expert, in each the better choices first; how many each expert has."""
