@@ -20,6 +20,7 @@ NOUNS: dict[str, Noun] = {
     "lake": Noun("Tables of the data lake.", "sihe.data.commands", "lake_app"),
     "text": Noun("Files to a tokenised dataset: filter, dedupe, tokenise, pack.", "sihe.data.commands", "text_app"),
     "train": Noun("Train a model, and see its runs.", "sihe.cli.train"),
+    "plan": Noun("Predict memory and time of training; search the best plan.", "sihe.cluster.commands"),
     "eval": Noun("Evaluate a model.", "sihe.apps.evaluation.commands"),
     "runs": Noun("Runs with their metrics, of every kind.", "sihe.core.commands", "runs_app"),
     "models": Noun("Registered models, their versions, aliases and lineage.", "sihe.core.commands", "models_app"),
