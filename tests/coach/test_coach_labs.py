@@ -76,17 +76,6 @@ def test_the_ring_adds_up_on_three_ranks_even_when_chunks_are_uneven_or_empty(mo
         assert sum(answer["sent"][index] for answer in answers) == 2 * 2 * size * 4
 
 
-@given(alpha=st.floats(1e-6, 1e-3), beta=st.floats(1e-11, 1e-8))
-def test_the_fit_finds_the_alpha_and_beta_behind_exact_times(alpha: float, beta: float) -> None:
-    points = [(float(size), alpha + beta * size) for size in (4, 1024, 16384, 262144, 4194304)]
-    assert allreduce.fit_alpha_beta(points) == pytest.approx((alpha, beta), rel=1e-5)
-
-
-def test_the_rings_time_is_its_steps_and_its_bytes() -> None:
-    assert allreduce.ring_seconds(1200.0, 4, 1.0, 0.0) == 6.0
-    assert allreduce.ring_seconds(1200.0, 4, 0.0, 1.0) == 6 * 300.0
-
-
 def test_messages_grow_up_to_the_limit_and_divide_evenly() -> None:
     sizes = allreduce.message_items(1.0)
     assert sizes == [3072, 12288, 49152, 196608]

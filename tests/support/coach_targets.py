@@ -33,12 +33,15 @@ def ring_sums(rank: int, world_size: int, *, sizes: list[int]) -> dict[str, Any]
     """The ring over tensors whose sum is known: rank r holds (r + 1) · [0, 1, 2, …]."""
     import torch
 
-    from sihe.apps.coach.labs.allreduce_ranks import ring_all_reduce
+    from sihe.cluster.collectives.peers import Peers
+    from sihe.cluster.collectives.ring import ring
 
     wrong, sent = [], []
     for size in sizes:
         tensor = torch.arange(size, dtype=torch.float32) * (rank + 1)
-        sent.append(ring_all_reduce(tensor, rank, world_size))
+        peers = Peers()
+        ring(tensor, peers)
+        sent.append(peers.sent_bytes)
         total = sum(range(1, world_size + 1))
         if not torch.equal(tensor, torch.arange(size, dtype=torch.float32) * total):
             wrong.append(size)

@@ -6,14 +6,14 @@ sends 2(N − 1) messages of S/N bytes one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
-
-import numpy as np
 
 from sihe.apps.coach.labs.ranks import run_ranks
 from sihe.apps.coach.labs.types import Axis, Column, Measurement, Series, Table
 from sihe.apps.coach.schema import Text
+from sihe.cluster.collectives import costs
+from sihe.cluster.collectives.fit import fit_link
 
 _ITEM_BYTES = 4  # float32
 _SMALLEST_ITEMS = 3072  # divisible by 2, 3 and 4, so that every chunk of a ring is equally long
@@ -33,8 +33,8 @@ def measure(parameters: Mapping[str, int | float], *, limit_s: float) -> Measure
     # A collective takes as long as its slowest rank.
     ring = [max(answer["ring_s"][index] for answer in answers) for index in range(len(sizes))]
     gloo = [max(answer["gloo_s"][index] for answer in answers) for index in range(len(sizes))]
-    alpha_s, beta_s = fit_alpha_beta([(items * _ITEM_BYTES, seconds) for items, seconds in answers[0]["ping_pong"]])
-    modelled = [ring_seconds(items * _ITEM_BYTES, ranks, alpha_s, beta_s) for items in sizes]
+    link = fit_link([(items * _ITEM_BYTES, seconds) for items, seconds in answers[0]["ping_pong"]])
+    modelled = [costs.ring(items * _ITEM_BYTES, ranks, link).seconds for items in sizes]
     largest = sizes[-1] * _ITEM_BYTES
     sent = max(answer["sent_bytes"][-1] for answer in answers)
     return Measurement(
@@ -43,8 +43,8 @@ def measure(parameters: Mapping[str, int | float], *, limit_s: float) -> Measure
             "sent-modelled": 2 * (ranks - 1) / ranks,
             "naive-modelled": 2.0 * (ranks - 1),
             "difference": max(answer["difference"] for answer in answers),
-            "alpha": alpha_s * 1e6,
-            "bandwidth": 1 / beta_s / 1e9,
+            "alpha": link.latency_s * 1e6,
+            "bandwidth": link.bandwidth / 1e9,
             "ring-time": ring[-1] * 1e3,
             "gloo-time": gloo[-1] * 1e3,
             "ring-over-gloo": ring[-1] / gloo[-1],
@@ -62,23 +62,6 @@ def message_items(largest_mib: float) -> list[int]:
     while sizes[-1] * 4 * _ITEM_BYTES <= largest_mib * _MIB:
         sizes.append(sizes[-1] * 4)
     return sizes
-
-
-def fit_alpha_beta(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Latency α (seconds) and inverse bandwidth β (seconds per byte) from (bytes, seconds) of one message each.
-
-    Least squares on the relative error, so that the small messages, which alone show α, count as much as the large.
-    """
-    sizes = np.array([size for size, _ in points])
-    seconds = np.array([second for _, second in points])
-    system = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
-    solution, *_ = np.linalg.lstsq(system, np.ones_like(seconds), rcond=None)
-    return max(float(solution[0]), 0.0), max(float(solution[1]), 1e-15)
-
-
-def ring_seconds(size_bytes: float, ranks: int, alpha_s: float, beta_s_per_byte: float) -> float:
-    """Modelled time of a ring all-reduce of `size_bytes` over `ranks`."""
-    return 2 * (ranks - 1) * (alpha_s + size_bytes / ranks * beta_s_per_byte)
 
 
 def _table(sizes: list[int], ring: list[float], gloo: list[float], modelled: list[float]) -> Table:

@@ -1,4 +1,4 @@
-"""What a rank of `allreduce.ring` runs: the ring itself, gloo's own all-reduce, and the ping-pong behind the model."""
+"""What a rank of `allreduce.ring` runs: the ring, gloo's own all-reduce, and the ping-pong behind the model."""
 
 from __future__ import annotations
 
@@ -10,33 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sihe.cluster.collectives.peers import Peers
+from sihe.cluster.collectives.ring import ring
+
 _PING_PONG_ITEMS = (1, 256, 4096, 65536, 262144, 1048576)
-
-
-def ring_all_reduce(tensor: Tensor, rank: int, world_size: int) -> int:
-    """Adds `tensor` (1-D, contiguous) over all ranks, in place; the bytes that this rank sent.
-
-    Reduce-scatter, then all-gather (Patarasuk and Yuan, 2009, section 3): the tensor is cut into as many chunks as
-    there are ranks. In step s each rank passes one chunk to its right neighbour and adds the one from its left; after
-    N − 1 steps rank r owns the whole sum of chunk r + 1. In N − 1 further steps the finished chunks go round.
-    """
-    chunks = tensor.tensor_split(world_size)
-    received = torch.empty_like(chunks[0])
-    left, right = (rank - 1) % world_size, (rank + 1) % world_size
-    sent_bytes = 0
-    for step in range(2 * (world_size - 1)):
-        outgoing = chunks[(rank - step) % world_size]
-        target = chunks[(rank - step - 1) % world_size]
-        reducing = step < world_size - 1
-        incoming = received[: target.numel()] if reducing else target
-        sending = dist.isend(outgoing, right)
-        dist.recv(incoming, left)
-        assert sending is not None
-        sending.wait()
-        if reducing:
-            target += incoming
-        sent_bytes += outgoing.numel() * outgoing.element_size()
-    return sent_bytes
 
 
 def times(rank: int, world_size: int, *, items: list[int], repeats: int) -> dict[str, Any]:
@@ -44,18 +21,20 @@ def times(rank: int, world_size: int, *, items: list[int], repeats: int) -> dict
     ring_s, gloo_s, sent_bytes, difference = [], [], [], 0.0
     for size in items:
         ours, theirs = _numbers(size, rank), _numbers(size, rank)
-        sent_bytes.append(ring_all_reduce(ours, rank, world_size))
+        peers = Peers(range(world_size))
+        ring(ours, peers)
+        sent_bytes.append(peers.sent_bytes)
         dist.all_reduce(theirs)
         difference = max(difference, (ours - theirs).abs().max().item())
         buffer = torch.zeros(size)  # sums of zeros stay zeros however often they are repeated
 
-        def ring(buffer: Tensor = buffer) -> None:
-            ring_all_reduce(buffer, rank, world_size)
+        def our_ring(buffer: Tensor = buffer) -> None:
+            ring(buffer, Peers())
 
         def gloo(buffer: Tensor = buffer) -> None:
             dist.all_reduce(buffer)
 
-        ring_s.append(_best_seconds(ring, repeats))
+        ring_s.append(_best_seconds(our_ring, repeats))
         gloo_s.append(_best_seconds(gloo, repeats))
     return {
         "ring_s": ring_s,
