@@ -111,13 +111,13 @@ def test_the_one_fitted_constant_is_what_a_fit_on_the_two_rows_of_175b_gives() -
     assert round(low, 2) == MATMUL_EFFICIENCY
 
 
-def test_the_eight_predictions_are_off_by_less_than_five_percent_on_average() -> None:
+def test_the_eight_predictions_are_off_by_less_than_four_percent_on_average() -> None:
     errors = [
         abs(predicted_s(name, policy) / seconds - 1)
         for name, row in SECONDS.items()
         for policy, seconds in zip(("full", "selective"), row, strict=True)
     ]
-    assert sum(errors) / len(errors) < 0.05
+    assert sum(errors) / len(errors) < 0.04
 
 
 # ---- bubble ---------------------------------------------------------------------------------------------------------
