@@ -2,8 +2,7 @@
 
 Measured are the bytes that torch's allocator hands out, as its profiler records each allocation from before the model
 is made: exact, and independent of the allocator's caches and of the interpreter. The step is a rank's own: float32
-gradients in flat memory, AdamW with masters. Policies are put on the blocks as a trainer would, by torch's own
-checkpointing without re-entrance.
+gradients in flat memory, AdamW with masters, and the house's own recomputation; *selective* is its policy `attention`.
 
 Batches of 8 x 256 tokens in float32; a dense network of 13.8 M parameters and one of 100 M. Each figure comes from a
 process of its own; memory does not vary, so that each is measured once.
@@ -20,10 +19,7 @@ from typing import TYPE_CHECKING
 from benchmarks.harness import Claim, report
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sihe.cluster.planner.types import TransformerShape
-    from sihe.models.decoder import Block
 
 BATCH, LENGTH = 8, 256
 GOAL = 0.10
@@ -76,6 +72,8 @@ def measure(sizes: tuple[int, ...], policy: str) -> int:
 
     from sihe.models.config import ModelConfig
     from sihe.models.decoder import Decoder
+    from sihe.models.recompute import recompute
+    from sihe.models.recompute_config import RecomputeConfig
     from sihe.training.gradients import GradientBuffer
     from sihe.training.optimizer import MasterAdamW
 
@@ -84,8 +82,7 @@ def measure(sizes: tuple[int, ...], policy: str) -> int:
     config = ModelConfig(vocab, hidden, layers, heads, heads, head_dim, ffn, LENGTH)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = Decoder(config)
-        for block in model.blocks:
-            _recompute(block, policy)
+        recompute(model.blocks, RecomputeConfig("attention" if policy == "selective" else policy))
         gradients = GradientBuffer(model.parameters())
         optimizer = MasterAdamW(model)
         tokens = torch.randint(vocab, (BATCH, LENGTH + 1))
@@ -102,23 +99,6 @@ def measure(sizes: tuple[int, ...], policy: str) -> int:
         held += size
         peak = max(peak, held)
     return peak
-
-
-def _recompute(block: Block, policy: str) -> None:
-    """Lets `block` keep less: only its input (full), or all but what the feed-forward half needs (selective)."""
-    from torch.utils.checkpoint import checkpoint
-
-    if policy == "full":
-        whole = block.forward
-        block.forward = lambda *inputs: checkpoint(whole, *inputs, use_reentrant=False)
-    elif policy == "selective":
-        attention, norm, mlp = block.attention, block.attention_norm, block.mlp
-
-        def forward(x_BTD: Tensor, *rest: object) -> Tensor:
-            x_BTD = x_BTD + attention(norm(x_BTD), *rest)
-            return x_BTD + checkpoint(lambda x: mlp(block.mlp_norm(x)), x_BTD, use_reentrant=False)
-
-        block.forward = forward
 
 
 def _in_a_process(shape: str, policy: str) -> float:

@@ -12,7 +12,7 @@ from sihe.cluster.planner.comparison import compare, predictions
 from sihe.cluster.planner.errors import NothingFits
 from sihe.cluster.planner.memory import predict_memory
 from sihe.cluster.planner.presets import cluster, h100, model
-from sihe.cluster.planner.search import check, divisors, layouts, search, why_slower
+from sihe.cluster.planner.search import check, divisors, layouts, search_layouts, why_slower
 from sihe.cluster.planner.step import estimate_step
 from sihe.cluster.planner.types import ClusterSpec, Layout, TransformerShape
 from sihe.core.errors import ConfigError, InvalidInput, NotFound
@@ -142,7 +142,7 @@ def test_the_search_finds_what_brute_force_finds() -> None:
     limit = 0.92 * NODE.memory_bytes
     every = [estimate_step(SMALL, layout, NODE) for layout in layouts(SMALL, NODE, 16, "bf16")]
     fastest = min((e for e in every if e.memory.total <= limit), key=lambda estimate: estimate.seconds)
-    found = search(SMALL, NODE, global_batch=16)
+    found = search_layouts(SMALL, NODE, global_batch=16)
     assert found.best.seconds == fastest.seconds
     assert found.considered == len(every)
 
@@ -161,14 +161,14 @@ def test_less_memory_never_makes_the_step_faster_and_its_layout_fits() -> None:
     seconds = []
     for memory in (160e9, 80e9, 40e9):
         spec = replace(cluster("h100", 64), memory_bytes=memory)
-        best = search(shape, spec, global_batch=64).best
+        best = search_layouts(shape, spec, global_batch=64).best
         assert best.memory.total <= 0.92 * memory
         seconds.append(best.seconds)
     assert seconds == sorted(seconds)
 
 
 def test_runners_up_differ_in_their_axes_and_say_why_they_lost() -> None:
-    found = search(model("llama-70b"), cluster("h100", 64), global_batch=64, runners_up=4)
+    found = search_layouts(model("llama-70b"), cluster("h100", 64), global_batch=64, runners_up=4)
     assert len(found.runners_up) in (4, 5)
     assert all(
         "slower" in lost.reason or "needs" in lost.reason or "as fast" in lost.reason for lost in found.runners_up
@@ -188,14 +188,14 @@ def test_the_reason_names_the_part_that_is_longer() -> None:
 
 def test_a_model_that_fits_nowhere_says_how_much_the_smallest_layout_needs() -> None:
     with pytest.raises(NothingFits, match="take more devices") as raised:
-        search(model("gpt-1t"), cluster("a100-80g", 8), global_batch=8)
+        search_layouts(model("gpt-1t"), cluster("a100-80g", 8), global_batch=8)
     assert raised.value.needed > raised.value.limit
 
 
 def test_a_batch_that_nobody_can_share_out_is_refused() -> None:
     one_head = replace(SMALL, heads=1, kv_heads=1, head_dim=64, layers=1)
     with pytest.raises(ConfigError) as raised:
-        search(one_head, NODE, global_batch=3)
+        search_layouts(one_head, NODE, global_batch=3)
     assert raised.value.key == "global_batch"
 
 

@@ -49,7 +49,7 @@ def plan(
     """The fastest layout that fits into memory, and why others lost; with --layout, what that one takes."""
     if context.invoked_subcommand is not None:
         return
-    from sihe.cluster.planner.search import search
+    from sihe.cluster.planner.search import search_layouts
     from sihe.cluster.planner.step import estimate_step
 
     shape, spec = _subjects(model, cluster, devices, sequence, measure=measure)
@@ -60,7 +60,9 @@ def plan(
         else:
             _show_estimate(shape, spec, estimate)
         return
-    found = search(shape, spec, global_batch=global_batch, precision=_precision(precision), runners_up=runners_up)
+    found = search_layouts(
+        shape, spec, global_batch=global_batch, precision=_precision(precision), runners_up=runners_up
+    )
     if as_json:
         terminal.emit(_found_as_value(found), as_json=True)
     else:
@@ -80,13 +82,13 @@ def topology(
     as_json: AsJson = False,
 ) -> None:
     """Which axis belongs on which links, and how long an all-reduce takes by each algorithm."""
-    from sihe.cluster.planner.search import search
+    from sihe.cluster.planner.search import search_layouts
     from sihe.cluster.planner.step import estimate_step
     from sihe.cluster.planner.topology import Topology, all_reduces, demands, placements
 
     shape, spec = _subjects(model, cluster, devices, None, measure=False)
     if layout is None:
-        estimate = search(shape, spec, global_batch=global_batch, precision=_precision(precision)).best
+        estimate = search_layouts(shape, spec, global_batch=global_batch, precision=_precision(precision)).best
     else:
         estimate = estimate_step(shape, _layout(layout, precision, shape, spec), spec)
     links = Topology.of(spec)

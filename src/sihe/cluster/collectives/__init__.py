@@ -12,11 +12,6 @@ __getattr__, __dir__, __all__ = attach(
         "Cost": "sihe.cluster.collectives.costs",
         "Link": "sihe.cluster.collectives.costs",
         "Peers": "sihe.cluster.collectives.peers",
-        "binary_tree": "sihe.cluster.collectives.tree",
-        "double_tree": "sihe.cluster.collectives.tree",
         "fit_link": "sihe.cluster.collectives.fit",
-        "halving_doubling": "sihe.cluster.collectives.halving",
-        "hierarchical": "sihe.cluster.collectives.hierarchical",
-        "ring": "sihe.cluster.collectives.ring",
     },
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sihe.cluster.collectives.peers import Peers
 
-SIZES = (8, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+SIZES = (8, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 
 
 def neighbour_exchanges(peers: Peers, sizes: Sequence[int] = SIZES, *, repeats: int = 5) -> list[tuple[float, float]]:

@@ -19,6 +19,6 @@ __getattr__, __dir__, __all__ = attach(
         "compare": "sihe.cluster.planner.comparison",
         "estimate_step": "sihe.cluster.planner.step",
         "predict_memory": "sihe.cluster.planner.memory",
-        "search": "sihe.cluster.planner.search",
+        "search_layouts": "sihe.cluster.planner.search",
     },
 )

@@ -6,8 +6,8 @@
 1-byte dropout masks, attention scores kept. `llama` is our own decoder's, counted tensor by tensor: what its autograd
 functions save, with attention that keeps one number a row instead of scores.
 
-Of our decoder, *full* recomputation keeps the input of each block; *selective* keeps what attention needs and runs the
-feed-forward half of a block again, which is the larger half of its memory.
+Of our decoder, *full* recomputation keeps the input of each block; *selective* keeps the input of each block's
+attention and runs that again, with its products: its kernel keeps no scores that could be left out alone.
 """
 
 from __future__ import annotations
@@ -49,10 +49,9 @@ def _llama_layer(shape: TransformerShape, layout: Layout, policy: Recompute) -> 
     norm = stream + size * shape.hidden + _FLOAT / spread
     rows = (2 * shape.heads + shape.kv_heads) * shape.head_dim  # turned queries and keys, the output
     rows += (shape.heads + 2 * shape.kv_heads) * shape.head_dim  # queries, keys and values together
-    attention = norm + (size * rows + _FLOAT * shape.heads) / tp
-    if policy == "selective":
-        return tokens * (attention + stream)
-    return tokens * (attention + norm + mlp_bytes_per_token(shape, layout))
+    attention = (size * rows + _FLOAT * shape.heads) / tp
+    kept = 2 * norm + mlp_bytes_per_token(shape, layout)
+    return tokens * (kept if policy == "selective" else kept + attention)
 
 
 def mlp_bytes_per_token(shape: TransformerShape, layout: Layout) -> float:
@@ -107,15 +106,17 @@ def loss_bytes(shape: TransformerShape, layout: Layout) -> float:
 def block_bytes(shape: TransformerShape, layout: Layout) -> float:
     """What the backward pass of one layer needs at its worst moment, besides what the layers keep.
 
-    What is computed again, and the gradients on their way: ours holds those of the stream twice, and of the gated layer
-    those of gate and up, of the product, and a factor of them, as many bytes as it has saved.
+    What is computed again, and the gradients on their way. Ours, in the feed-forward half: those of the stream twice,
+    and of the gated layer those of gate and up, of the product, and a factor of them, as many bytes as it has saved.
+    In attention, when what the other half has saved is gone: the stream twice, and twice queries, keys and values.
     """
-    again = 0.0
-    if layout.recompute != "none":
-        again = layer_bytes(shape, layout, "none")
+    again = layer_bytes(shape, layout, "none") if layout.recompute == "full" else 0.0
     if shape.family == "gpt":
-        return again if layout.recompute == "full" else 0.0
-    if layout.recompute == "selective":
-        again -= layer_bytes(shape, layout) - tokens_of_rank(shape, layout) * stream_bytes(shape, layout)
-    gradients = 2 * stream_bytes(shape, layout) + mlp_bytes_per_token(shape, layout)
-    return again + tokens_of_rank(shape, layout) * gradients
+        return again
+    tokens, stream = tokens_of_rank(shape, layout), 2 * stream_bytes(shape, layout)
+    mlp = mlp_bytes_per_token(shape, layout)
+    if layout.recompute != "selective":
+        return again + tokens * (stream + mlp)
+    rows = 2 * shape.head_dim * (shape.heads + 2 * shape.kv_heads) * ELEMENT_BYTES[layout.precision] / layout.tp
+    attention = layer_bytes(shape, layout, "none") - layer_bytes(shape, layout)
+    return max(tokens * (stream + mlp), attention + tokens * (stream + rows - mlp))

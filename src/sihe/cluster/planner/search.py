@@ -48,7 +48,7 @@ class Found:
     """Of the considered, those that need more memory than there is."""
 
 
-def search(
+def search_layouts(
     shape: TransformerShape,
     cluster: ClusterSpec,
     *,

@@ -90,8 +90,8 @@ def recomputed(shape: TransformerShape, layout: Layout) -> Work:
     if shape.family == "gpt":
         return attention_core(shape, layout)
     tokens, size = tokens_of_rank(shape, layout), ELEMENT_BYTES[layout.precision]
-    mlp = shape.active_matrix_parameters - shape.attention_parameters
-    return Work(2 * tokens * mlp * 2 / 3 / layout.tp, tokens * size * 5 * shape.ffn / layout.tp)  # all but `down`
+    rows = shape.head_dim * (shape.heads + 2 * shape.kv_heads) / layout.tp  # the product behind attention is left out
+    return attention_core(shape, layout) + Work(2 * tokens * shape.hidden * rows, tokens * size * 2 * rows)
 
 
 def update(parameters: float) -> Work:
