@@ -12,15 +12,26 @@ from typing import Any, Literal, get_args
 
 from sihe.core.errors import ConfigError, InvalidInput
 from sihe.core.ids import check_name
+from sihe.models.recompute_config import RecomputeConfig
 from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.recovery import RecoveryConfig, feasible_workers
 from sihe.training.schedule import ScheduleKind
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Packing = Literal["windows", "documents"]
 # What may change between the attempts of one run: none of these decides which numbers are computed, but for rounding.
 _FREE = {
-    *("parallel", "world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "model_name", "alias", "dataset", "recovery"),
+    *("parallel", "recompute", "world_size", "micro_batch", "threads_per_rank", "max_restarts", "collective_timeout_s"),
+    *(
+        "checkpoint_every",
+        "keep_checkpoints",
+        "background_checkpoints",
+        "log_every",
+        "model_name",
+        "alias",
+        "dataset",
+        "recovery",
+    ),
 }
 
 
@@ -41,6 +52,8 @@ class ModelShape:
     """The sequence length of the training when left out."""
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
+    family: dict[str, Any] = field(default_factory=dict)
+    """Other settings of `sihe.models.ModelConfig` by name: experts, and `attention`, `positions`, `layers`."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads"):
@@ -65,6 +78,7 @@ class ModelShape:
             "max_positions": self.max_positions or sequence_length,
             "rope_theta": self.rope_theta,
             "tie_embeddings": self.tie_embeddings,
+            **self.family,
         }
 
 
@@ -78,6 +92,36 @@ class OptimizerConfig:
     kind: str = "adamw"
     """adamw, adamw8bit, lion, muon or sgd."""
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A part of a run with constant weights of its data sets, which are named as `dataset` is."""
+
+    weights: dict[str, float]
+    until_sample: int | None = None
+    """The first sample of the next part; left out in the last."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What samples are made of, and how they are read."""
+
+    packing: Packing = "windows"
+    """windows: tokens one after the other, cut wherever a sample is full. documents: whole documents side by side."""
+    document_masks: bool = False
+    """Whether attention stays inside of a document, with positions from 0 in each; always with packing "documents"."""
+    mixture: tuple[Mixing, ...] = ()
+    """Several data sets; left out, there is one. `dataset` is then the one whose tokenizer the model takes."""
+    max_epochs: float = math.inf
+    """How often a data set of the mixture may be seen; a run that would need more is refused."""
+    prefetch: int = 2
+    """Batches that are read ahead."""
+
+    def __post_init__(self) -> None:
+        _check("data.packing", self.packing in get_args(Packing), " or ".join(get_args(Packing)), self.packing)
+        _check("data.prefetch", self.prefetch >= 0, "not negative", self.prefetch)
+        _check("data.max_epochs", self.max_epochs > 0, "positive", self.max_epochs)
 
 
 @dataclass(frozen=True)
@@ -114,11 +158,16 @@ class TrainConfig:
     """Data-parallel ranks, where `parallel` is left out."""
     parallel: ParallelPlan | None = None
     """How the model and the batch are spread over ranks."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """What the backward pass computes again in place of keeping it."""
+    data: DataConfig = field(default_factory=DataConfig)
     threads_per_rank: int | None = None
     """By default the processors of this machine, shared out."""
     checkpoint_every: int = 100
     """Steps from one checkpoint to the next; the last step always writes one."""
     keep_checkpoints: int = 2
+    background_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
     log_every: int = 1
     """Steps from one point of the tracked curves to the next; the run's own log has every step."""
     max_restarts: int = 3
@@ -190,6 +239,7 @@ class TrainConfig:
         What is left out may differ when a run goes on: ranks, micro-batches, check points and where things are.
         """
         values = {key: value for key, value in asdict(self).items() if key not in {*_FREE, "model"}}
+        values["data"] = {key: value for key, value in values["data"].items() if key != "prefetch"}
         return values | {f"model.{key}": value for key, value in self.model.resolved(self.sequence_length).items()}
 
     def public(self) -> dict[str, Any]:
@@ -210,6 +260,8 @@ class TrainConfig:
             "model": ModelShape,
             "parallel": ParallelPlan,
             "optimizer": OptimizerConfig,
+            "recompute": RecomputeConfig,
+            "data": DataConfig,
             "recovery": RecoveryConfig,
         }
         for name, part in parts.items():

@@ -6,13 +6,15 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sihe.cluster.heartbeats import Heartbeat
-from sihe.data.loading.dataset import TokenDataset
-from sihe.data.loading.stream import BatchStream
+from sihe.data.loading.prefetch import Prefetcher
+from sihe.data.loading.samples import Batch
 from sihe.models.decoder import Decoder
 from sihe.training import layout
+from sihe.training.batches import open_batches
 from sihe.training.checkpoint import Checkpoint, Checkpoints
 from sihe.training.errors import NothingToRewind
 from sihe.training.export import DTYPES, export_checkpoint
@@ -42,13 +44,17 @@ class TrainLoop:
         self._attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
         self._events = EventWriter(folder / layout.EVENTS) if ranks.is_first else None
         self._checkpoints = Checkpoints(
-            folder / layout.CHECKPOINTS, self.plan.identity, keep=config.keep_checkpoints, ranks=ranks
+            folder / layout.CHECKPOINTS,
+            self.plan.identity,
+            keep=config.keep_checkpoints,
+            ranks=ranks,
+            background=config.background_checkpoints,
         )
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.model = Decoder(self.plan.model)
         self._spread = resized(config.plan, ranks.world_size)  # an elastic run has fewer or more than it asked for
         mesh = ParallelMesh(self._spread, timeout_s=config.collective_timeout_s) if ranks.world_size > 1 else None
-        self._parallel = ParallelModel(self.model, mesh, dtype=DTYPES[config.precision])
+        self._parallel = ParallelModel(self.model, mesh, dtype=DTYPES[config.precision], recomputed=config.recompute)
         self._optimizer = MasterOptimizer(
             self._parallel.held,
             make_rule(config.optimizer.kind, config.optimizer.settings),
@@ -65,6 +71,7 @@ class TrainLoop:
             micro_batch=config.micro_batch,
             loss_scale=self._loss_scale,
         )
+        self._batches: Prefetcher[np.ndarray | Batch] | None = None
         self._pulse = Pulse(self.model.blocks, Heartbeat.from_environment())
         self._rewinds = Rewinds(folder, config.recovery, ranks, self._log, attempt=self._attempt)
 
@@ -73,49 +80,75 @@ class TrainLoop:
         config = self.plan.config
         checkpoint = self._resume()
         step = checkpoint.step if checkpoint else 0
-        stream = self._stream(checkpoint.next_sample if checkpoint else 0)
+        batches = self._read_from(checkpoint.next_sample if checkpoint else 0)
         self._rewinds.resume(step)
-        self._log(AttemptReady(self._attempt, step, stream.next_sample))
+        self._log(AttemptReady(self._attempt, step, batches.next_sample))
         while step < config.max_steps:
             step += 1
-            if (first_sample := self._rewinds.next_sample(stream.next_sample)) != stream.next_sample:
-                stream = self._stream(first_sample)
+            if (first_sample := self._rewinds.next_sample(batches.next_sample)) != batches.next_sample:
+                batches = self._read_from(first_sample)
             self._pulse.begin(step)
             started = time.perf_counter()
-            outcome = self._step(step - 1, next(stream))
+            batch = next(batches)
+            waited_s = time.perf_counter() - started
+            outcome = self._step(step - 1, batch)
             seconds = time.perf_counter() - started
             self._pulse.end(step)
-            if self._rewinds.rejects(step, outcome, first_sample=first_sample, next_sample=stream.next_sample):
+            if self._rewinds.rejects(step, outcome, first_sample=first_sample, next_sample=batches.next_sample):
                 checkpoint = self._go_back(step)
-                step, stream = checkpoint.step, self._stream(checkpoint.next_sample)
+                step, batches = checkpoint.step, self._read_from(checkpoint.next_sample)
                 continue
-            self._log(StepDone(self._attempt, step, **vars(outcome), seconds=seconds, next_sample=stream.next_sample))
+            next_sample = batches.next_sample
+            self._log(
+                StepDone(
+                    self._attempt,
+                    step,
+                    **vars(outcome),
+                    seconds=seconds,
+                    next_sample=next_sample,
+                    data_seconds=waited_s,
+                )
+            )
             if step % config.checkpoint_every == 0 or step == config.max_steps:
-                self._save(step, stream.next_sample)
+                self._save(step, next_sample)
                 if step < config.max_steps and self._ranks.from_first(self._pulse.heartbeat.is_leave_wanted):
-                    self._checkpoints.finish()  # the ranks that come after these go on from it
+                    self._finish_saving()  # the ranks that come after these go on from it
                     return False
+        self._finish_saving()
         if self._ranks.is_first:
             with self._pulse.heartbeat.slow():
                 self._export()
         return True
 
-    def _stream(self, start_sample: int) -> BatchStream:
-        config = self.plan.config
-        return BatchStream(
-            TokenDataset.open(self.plan.dataset),
-            split="train",
-            sequence_length=config.sequence_length,
-            global_batch=config.global_batch,
-            seed=config.seed,
+    def _read_from(self, sample: int) -> Prefetcher[np.ndarray | Batch]:
+        """This rank's batches from `sample` on; those that were read ahead from elsewhere are dropped."""
+        if self._batches is not None:
+            self._batches.close()
+        stream = open_batches(
+            self.plan.config,
+            self.plan.dataset,
+            self.plan.sources,
             rank=self._parallel.batch_rank,
-            world_size=self._spread.batch_ranks,
-            start_sample=start_sample,
+            ranks=self._spread.batch_ranks,
+            start_sample=sample,
         )
+        self._batches = Prefetcher(stream, depth=self.plan.config.data.prefetch)
+        return self._batches
 
     def _save(self, step: int, next_sample: int) -> None:
+        state = {"loss_scale": self._loss_scale.state()} if self._loss_scale else {}
         with self._pulse.heartbeat.slow():
-            self._checkpoints.save(step, next_sample, self.model, self._optimizer)
+            self._checkpoints.save(
+                step, next_sample, self.model, self._optimizer, self._parallel.buffers(), state=state
+            )
+        self._log_saved()
+
+    def _finish_saving(self) -> None:
+        with self._pulse.heartbeat.slow():
+            self._checkpoints.finish()
+        self._log_saved()
+
+    def _log_saved(self) -> None:
         for saved in self._checkpoints.completed():
             self._log(saved)
 
@@ -132,7 +165,9 @@ class TrainLoop:
         """The newest valid checkpoint, loaded; the same on every rank."""
         checkpoint = self._checkpoints.newest(self._log)
         if checkpoint is not None:
-            checkpoint.load_into(self.model, self._optimizer)
+            checkpoint.load_into(self.model, self._optimizer, self._parallel.buffers())
+            if self._loss_scale is not None:
+                self._loss_scale.load_state(checkpoint.manifest.state["loss_scale"])
         return checkpoint
 
     def _export(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from sihe.core.files import write_file
 from sihe.data.loading.catalog import find_dataset
 from sihe.data.loading.dataset import TokenDataset
 from sihe.data.loading.manifest import DatasetManifest
-from sihe.data.loading.stream import BatchStream
 from sihe.models.config import ModelConfig
+from sihe.training.batches import open_batches
 from sihe.training.config import TrainConfig
 from sihe.training.schedule import ScheduleConfig
 
@@ -35,6 +35,8 @@ class TrainPlan:
     dataset_key: str
     model: ModelConfig
     identity: dict[str, Any]
+    sources: dict[str, Path] = field(default_factory=dict)
+    """The data sets of the mixture, by the names that the configuration gives them."""
 
     @property
     def identity_digest(self) -> str:
@@ -77,6 +79,7 @@ class TrainPlan:
             "dataset_key": self.dataset_key,
             "model": asdict(self.model),
             "identity": self.identity,
+            "sources": {name: str(path) for name, path in self.sources.items()},
         }
         write_file(path, json.dumps(values, indent=1).encode())
 
@@ -91,6 +94,7 @@ class TrainPlan:
                 dataset_key=values["dataset_key"],
                 model=ModelConfig(**values["model"]),
                 identity=values["identity"],
+                sources={name: Path(path) for name, path in values.get("sources", {}).items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptData(path, f"it is not a training plan: {error}") from error
@@ -112,15 +116,8 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
             hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
             raise NotFound("tokenizer file", str(folder / name), hint=hint)
     dataset = TokenDataset.open(folder)
-    # Its constructor makes the checks that need the data set; it reads no batch.
-    BatchStream(
-        dataset,
-        split="train",
-        sequence_length=config.sequence_length,
-        global_batch=config.global_batch,
-        seed=config.seed,
-        world_size=config.plan.batch_ranks,
-    )
+    sources = {name: find_dataset(name, datasets) for part in config.data.mixture for name in part.weights}
+    open_batches(config, folder, sources)  # makes the checks that need the data sets; it reads no batch
     sizes = config.model.resolved(config.sequence_length)
     if sizes["max_positions"] < config.sequence_length:
         raise ConfigError(
@@ -135,15 +132,13 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
         eos_token_id=manifest.eos_token_id,
         **sizes,
     )
-    config.plan.check_model(
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        intermediate_size=model.intermediate_size,
-        num_experts=getattr(model, "num_experts", 0),
-    )
+    config.plan.check_model(model)
+    if config.plan.cp > 1 and (config.data.document_masks or config.data.packing == "documents"):
+        raise ConfigError("parallel setting 'cp' must be 1 with document masks", key="parallel.cp")
     identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
-    plan = TrainPlan(config, folder, manifest.key, model, identity)
+    for name, source in sources.items():
+        identity[f"source.{name}"] = _content_digest(TokenDataset.open(source).manifest)
+    plan = TrainPlan(config, folder, manifest.key, model, identity, sources)
     plan.schedule.at(0)  # one that cannot be says so
     return plan
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sihe.data.loading.samples import Batch
+
 if TYPE_CHECKING:
     from sihe.training.loss_scale import LossScale
     from sihe.training.parallel.apply import ParallelModel
@@ -37,7 +39,7 @@ class StepOutcome:
 
 
 class TrainStep:
-    """Forward, backward, sum over ranks, update. With a `loss_scale`, a batch whose gradients overflow is done again."""
+    """Forward, backward, sum over ranks, update; with a `loss_scale`, again where the gradients overflow."""
 
     def __init__(
         self,
@@ -56,30 +58,33 @@ class TrainStep:
         self._loss_scale = loss_scale
         self._samples_at_once = micro_batch * model.plan.microbatches
 
-    def __call__(self, step: int, batch: np.ndarray) -> StepOutcome:
-        """Trains on this rank's `batch` (int64 [B, T + 1]: inputs, and shifted by one their targets) as step `step`."""
+    def __call__(self, step: int, batch: np.ndarray | Batch) -> StepOutcome:
+        """Trains on this rank's `batch` (tokens int64 [B, T + 1]: inputs, and shifted by one their targets)."""
         lr = self._schedule.at(step)
         while True:
             loss, tokens, samples = self.accumulate(batch)
             with self._ranks.errors():
                 norm = self._optimizer.step(lr)
-            if self._loss_scale is None or not math.isfinite(loss):
-                break
-            if math.isfinite(norm):
+            if math.isfinite(norm) and self._loss_scale is not None:
                 self._loss_scale.fitted()
+            overflowed = self._loss_scale is not None and math.isfinite(loss) and not math.isfinite(norm)
+            if not (overflowed and self._loss_scale is not None and self._loss_scale.overflowed()):
                 break
-            if not self._loss_scale.overflowed():
-                break
+        if math.isfinite(norm):
+            with self._ranks.errors():
+                self._model.balance()
         return StepOutcome(loss, lr, norm, tokens, samples)
 
-    def accumulate(self, batch: np.ndarray) -> tuple[float, int, str]:
+    def accumulate(self, batch: np.ndarray | Batch) -> tuple[float, int, str]:
         """Leaves the gradients of the global batch in `.grad`; its loss, target tokens and sample digest.
 
         A token of -1 is no target, and read as token 0 where it is an input (padding at the end of a sample).
         """
-        tokens_BT1 = torch.from_numpy(batch)
-        digest = samples_digest(batch, first=self._model.batch_rank * len(batch))
-        targets = int((tokens_BT1[:, 1:] >= 0).sum())
+        batch = Batch(batch) if isinstance(batch, np.ndarray) else batch
+        inputs_BT, targets_BT = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+        documents_BT = None if batch.input_documents is None else torch.from_numpy(batch.input_documents)
+        digest = samples_digest(batch.tokens, first=self._model.batch_rank * len(batch))
+        targets = int((targets_BT >= 0).sum())
         counts = self._ranks.sum_(torch.tensor([targets, digest] if self._model.speaks else [0, 0]))
         total = max(int(counts[0]), 1)
         # Only a power of two is exact in bfloat16, the format of the backward pass; the rest is applied in float32.
@@ -87,10 +92,15 @@ class TrainStep:
         loss = torch.zeros((), dtype=torch.float64)
         with self._ranks.errors():
             self._model.zero_grad()
-            passes = torch.split(tokens_BT1, self._samples_at_once)
-            for number, micro_BT1 in enumerate(passes, start=1):
-                inputs, targets_BT = micro_BT1[:, :-1].clamp(min=0), micro_BT1[:, 1:]
-                loss += self._model.backward(inputs, targets_BT, scale, is_last=number == len(passes))
+            for start in range(0, len(batch), self._samples_at_once):
+                part = slice(start, start + self._samples_at_once)
+                loss += self._model.backward(
+                    inputs_BT[part],
+                    targets_BT[part],
+                    scale,
+                    is_last=part.stop >= len(batch),
+                    documents_BT=None if documents_BT is None else documents_BT[part],
+                )
             self._model.finish_gradients(1 / (scale * total))
         return float(self._ranks.sum_(loss)) / total, total, f"{int(counts[1]) % (1 << _DIGEST_BITS):012x}"
 

@@ -50,6 +50,8 @@ class StepDone:
     seconds: float
     samples: str
     next_sample: int
+    data_seconds: float = 0.0
+    """Of `seconds`, what the first rank waited for its batch."""
 
     @property
     def tokens_per_s(self) -> float:

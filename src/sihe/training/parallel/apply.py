@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sihe.models.moe import mixtures
+from sihe.models.moe import MixtureOfExperts, mixtures
+from sihe.models.recompute import recompute
 from sihe.training.gradients import GradientBuffer, GradientSum
 from sihe.training.parallel.compression import bucket_sum
 from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from sihe.models.decoder import Decoder
+    from sihe.models.recompute_config import RecomputeConfig
     from sihe.training.parallel.mesh import Axis, ParallelMesh
 
 
@@ -50,7 +52,14 @@ class ParallelModel:
     made in float32, in `.grad`, which nobody else may set.
     """
 
-    def __init__(self, model: Decoder, mesh: ParallelMesh | None = None, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: ParallelMesh | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recomputed: RecomputeConfig | None = None,
+    ) -> None:
         self.mesh = mesh
         self.plan = mesh.plan if mesh else ParallelPlan()
         self.pipeline = Pipeline(model, mesh, dtype=dtype) if mesh is not None and self.plan.pp > 1 else None
@@ -60,6 +69,9 @@ class ParallelModel:
         for stage in self.stages:
             for weight, cut in self._cut(stage):
                 cuts[weight] = (*cuts.get(weight, ()), cut)
+        if recomputed is not None:
+            for stage in self.stages:
+                recompute(stage.blocks.values(), recomputed, first_layer=stage.layers.start)
         experts = (
             [w for stage in self.stages for m in mixtures(stage) for w in (m.gate_up, m.down)]
             if self.plan.ep > 1
@@ -95,10 +107,19 @@ class ParallelModel:
             if isinstance(held.parameter, DTensor):
                 held.parameter.grad = None
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float, *, is_last: bool) -> Tensor:
+    def backward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        scale: float,
+        *,
+        is_last: bool,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         """Adds the gradients of `scale` times the summed loss of a micro-batch (of `plan.microbatches`, in a pipeline).
 
         Gives this rank's summand of that loss. With `is_last`, gradients are summed over the data ranks on the way.
+        With `documents_BT`, attention stays inside of a document.
         """
         positions_BT = None
         if self.mesh is not None and self.plan.cp > 1:
@@ -106,12 +127,16 @@ class ParallelModel:
             positions_BT = positions_of_share(tokens_BT.shape[1], cp)
             tokens_BT, targets_BT = share_of_sequence(tokens_BT, cp), share_of_sequence(targets_BT, cp)
         if self.pipeline is not None:
-            loss = self.pipeline.step(tokens_BT, targets_BT, scale, positions_BT=positions_BT)
+            loss = self.pipeline.step(
+                tokens_BT, targets_BT, scale, positions_BT=positions_BT, documents_BT=documents_BT
+            )
             if is_last:
                 for gradient_sum in self._sums:  # a schedule goes through a parameter many times: not before its end
                     gradient_sum.finish()
         else:
-            loss = self.stages[0](tokens_BT, targets_BT=targets_BT, positions_BT=positions_BT)
+            loss = self.stages[0](
+                tokens_BT, targets_BT=targets_BT, positions_BT=positions_BT, documents_BT=documents_BT
+            )
             with ExitStack() as summing:
                 if is_last:
                     for gradient_sum in self._sums:
@@ -133,6 +158,26 @@ class ParallelModel:
                 self.pipeline.sum_tied_gradients()
         if factor != 1:
             torch._foreach_mul_(_gradients(self.held), factor)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Moves the routers' biases against the load of the step, after its update, where mixtures balance by bias."""
+        for mixture in self._biased().values():
+            if mixture.seen_E is not None and self.mesh is not None and self.mesh["data"].size > 1:
+                dist.all_reduce(mixture.seen_E, group=self.mesh["data"].group)
+            mixture.update_bias()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint needs of the model besides its parameters, by name; the live tensors."""
+        return {f"{name}.balance_steps": mixture.balance_steps for name, mixture in self._biased().items()}
+
+    def _biased(self) -> dict[str, MixtureOfExperts]:
+        return {
+            name: module
+            for stage in self.stages
+            for name, module in stage.named_modules()
+            if isinstance(module, MixtureOfExperts) and "balance_steps" in module._buffers
+        }
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Name in the whole model, parameter, and whether another stage owns it."""

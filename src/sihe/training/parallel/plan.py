@@ -11,9 +11,12 @@ Pure: no torch, no I/O.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sihe.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sihe.models.config import ModelConfig
 
 Zero = Literal[0, 1, 2, 3]
 Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv", "dualpipe-v"]
@@ -131,25 +134,29 @@ class ParallelPlan:
         """Pieces that the layers are cut into."""
         return self.pp * self.stages_per_rank
 
-    def check_model(
-        self, *, num_layers: int, num_heads: int, num_kv_heads: int, intermediate_size: int, num_experts: int
-    ) -> None:
-        """Raises `ConfigError` for a model that this plan cannot cut; `num_experts` is 0 for a dense one."""
-        for name, size in (
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("intermediate_size", intermediate_size),
-        ):
-            _check("tp", size % self.tp == 0, f"a divisor of the model's {name} ({size})", self.tp)
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises `ConfigError` for a model that this plan cannot cut."""
+        if self.tp > 1:
+            for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+                size = getattr(model, name)
+                _check("tp", size % self.tp == 0, f"a divisor of the model's {name} ({size})", self.tp)
+            plain = model.attention.latent is None and not model.attention.out_bias and model.layers.gated
+            _check("tp", plain, "1 for latent attention and for layers with biases, which are not cut", self.tp)
+        if self.cp > 1:
+            plain = model.attention.window is None and model.positions.kind not in ("relative", "alibi")
+            _check(
+                "cp", plain, "1 for windows and for positions that act on scores: attention is plain causal", self.cp
+            )
         _check(
             "pp",
-            num_layers >= self.num_stages,
-            f"such that pp x stages_per_rank is at most num_layers ({num_layers})",
+            model.num_layers >= self.num_stages,
+            f"such that pp x stages_per_rank is at most num_layers ({model.num_layers})",
             self.pp,
         )
         if self.ep > 1:
-            _check("ep", num_experts > 0, "1 for a model without experts", self.ep)
-            _check("ep", num_experts % self.ep == 0, f"a divisor of the model's num_experts ({num_experts})", self.ep)
+            experts = model.num_experts
+            _check("ep", experts > 0, "1 for a model without experts", self.ep)
+            _check("ep", experts % self.ep == 0, f"a divisor of the model's num_experts ({experts})", self.ep)
 
     def check_batch(self, *, global_batch: int, micro_batch: int, sequence_length: int) -> None:
         """Raises `ConfigError` for a batch that does not divide: samples a step, samples at once, tokens a sample."""
