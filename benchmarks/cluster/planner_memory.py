@@ -75,7 +75,7 @@ def measure(sizes: tuple[int, ...], policy: str) -> int:
     from sihe.models.recompute import recompute
     from sihe.models.recompute_config import RecomputeConfig
     from sihe.training.gradients import GradientBuffer
-    from sihe.training.optimizer import MasterAdamW
+    from sihe.training.optimizer import MasterOptimizer
 
     torch.set_num_threads(1)
     layers, hidden, heads, head_dim, ffn, vocab = sizes
@@ -84,7 +84,7 @@ def measure(sizes: tuple[int, ...], policy: str) -> int:
         model = Decoder(config)
         recompute(model.blocks, RecomputeConfig("attention" if policy == "selective" else policy))
         gradients = GradientBuffer(model.parameters())
-        optimizer = MasterAdamW(model)
+        optimizer = MasterOptimizer(model)
         tokens = torch.randint(vocab, (BATCH, LENGTH + 1))
         for _ in range(2):
             gradients.zero_()

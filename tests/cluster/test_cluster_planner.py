@@ -216,3 +216,14 @@ def test_predicted_beside_measured() -> None:
     with pytest.raises(KeyError, match="speed"):
         compare(estimate, {"speed": 1.0})
     assert predictions(estimate)["peak memory"][0] == predict_memory(SMALL, Layout()).total
+
+
+@pytest.mark.slow
+def test_this_machine_has_positive_speeds_and_every_core() -> None:
+    from sihe.cluster.planner.measurement import measure_machine
+
+    spec = measure_machine()
+    assert spec.devices >= 1
+    assert min(spec.peak_flops.values()) > 1e6
+    assert spec.memory_bandwidth > 1e6
+    assert 0 <= spec.inside.latency_s < 1

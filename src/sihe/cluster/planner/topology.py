@@ -83,10 +83,7 @@ def crossings(topology: Topology, devices: Sequence[int]) -> dict[str, int]:
 
 
 def ring(topology: Topology, devices: Sequence[int], size_bytes: float) -> Cost:
-    """All-reduce around `devices` in this order: every round takes as long as its slowest hop.
-
-    Hops of an outer level that start in the same group share its link, which a device has for itself when it is alone.
-    """
+    """All-reduce around `devices` in this order: every round takes as long as its slowest hop."""
     if len(devices) == 1:
         return costs.NOTHING
     chunk, rounds = size_bytes / len(devices), 2 * (len(devices) - 1)
