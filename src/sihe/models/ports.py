@@ -14,7 +14,7 @@ class Attend(Protocol):
     A serving engine hands in one that writes keys and values to its cache and attends over what the cache holds.
     """
 
-    def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, /) -> Tensor:
         """The mixed values, [B, T, N, H]. `q` and `k` carry their rotary positions already; K divides N."""
         ...
 

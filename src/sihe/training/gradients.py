@@ -10,7 +10,7 @@ buckets: each as soon as it and all before it are complete, in the same order on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class GradientSum:
         self._pending: list[PendingSum] = []
         for number, (_, parameters) in enumerate(self._buckets):
             for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _parameter, number=number: self._arrived(number))
+                parameter.register_post_accumulate_grad_hook(self._counter(number))  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
@@ -88,6 +88,9 @@ class GradientSum:
         for pending in self._pending:
             pending.wait()
         self._pending = []
+
+    def _counter(self, number: int) -> Callable[[Tensor], None]:
+        return lambda _parameter: self._arrived(number)
 
     def _arrived(self, number: int) -> None:
         if not self._missing:

@@ -169,14 +169,18 @@ class ParallelModel:
 
     def buffers(self) -> dict[str, Tensor]:
         """What a checkpoint needs of the model besides its parameters, by name; the live tensors."""
-        return {f"{name}.balance_steps": mixture.balance_steps for name, mixture in self._biased().items()}
+        return {
+            f"{name}.balance_steps": mixture.balance_steps
+            for name, mixture in self._biased().items()
+            if mixture.balance_steps is not None
+        }
 
     def _biased(self) -> dict[str, MixtureOfExperts]:
         return {
             name: module
             for stage in self.stages
             for name, module in stage.named_modules()
-            if isinstance(module, MixtureOfExperts) and "balance_steps" in module._buffers
+            if isinstance(module, MixtureOfExperts) and module.balance_steps is not None
         }
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -198,7 +202,8 @@ class ParallelModel:
             axis = self.mesh["tp"]
             for module in (stage.embedding, stage.head):
                 if module is not None:
-                    yield module.weight, cut_vocabulary(module.weight, axis)
+                    weight = module.get_parameter("weight")
+                    yield weight, cut_vocabulary(weight, axis)
             if stage.embedding is not None:
                 stage.embedding = VocabularyEmbedding(stage.embedding, axis)
             stage.criterion = partial(vocabulary_cross_entropy, axis=axis)
@@ -247,5 +252,5 @@ def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=axis.group)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

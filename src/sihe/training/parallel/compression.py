@@ -111,7 +111,7 @@ class PowerSum:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the next step needs, in the order of the parameters: right factors, and this rank's errors."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, state in enumerate(self._states.values()):
             tensors |= {f"right.{number}": state.right_NR, f"error.{number}": state.error_MN}
         return tensors
@@ -121,7 +121,7 @@ class PowerSum:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat, group=self._group)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 

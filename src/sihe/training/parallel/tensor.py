@@ -113,11 +113,11 @@ def _refuse_bias(linear: nn.Linear) -> None:
 def _gathered(x: Tensor, axis: Axis) -> Tensor:
     parts = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     dist.all_gather_single(parts, x.contiguous(), group=axis.group)
-    return parts.unflatten(0, (axis.size, -1)).movedim(0, _TIME).flatten(_TIME, _TIME + 1)
+    return parts.view(axis.size, *x.shape).movedim(0, _TIME).flatten(_TIME, _TIME + 1)
 
 
 def _summed_share(x: Tensor, axis: Axis) -> Tensor:
-    parts = x.unflatten(_TIME, (axis.size, -1)).movedim(_TIME, 0).flatten(0, 1)
+    parts = torch.stack(x.chunk(axis.size, _TIME)).flatten(0, 1)
     share = parts.new_empty(x.shape[0], *parts.shape[1:])
     dist.reduce_scatter_single(share, parts, group=axis.group)
     return share

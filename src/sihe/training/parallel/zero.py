@@ -83,7 +83,7 @@ def gather_rows(weights: Sequence[Tensor], axis: Axis) -> None:
     for bucket in _buckets(weights):
         chunk_sizes = [weight.chunk(axis.size)[0].numel() for weight in bucket]
         sent = bucket[0].new_zeros(sum(chunk_sizes))
-        for weight, place in zip(bucket, sent.split(chunk_sizes), strict=True):
+        for weight, place in zip(bucket, torch.split(sent, chunk_sizes), strict=True):
             chunks = weight.chunk(axis.size)
             if axis.rank < len(chunks):  # fewer rows than ranks leave the last ranks none
                 own = chunks[axis.rank]
@@ -93,7 +93,7 @@ def gather_rows(weights: Sequence[Tensor], axis: Axis) -> None:
         for rank, row in enumerate(received.chunk(axis.size)):
             if rank == axis.rank:
                 continue
-            for weight, part in zip(bucket, row.split(chunk_sizes), strict=True):
+            for weight, part in zip(bucket, torch.split(row, chunk_sizes), strict=True):
                 chunks = weight.chunk(axis.size)
                 if rank < len(chunks):
                     chunks[rank].copy_(part[: chunks[rank].numel()].view_as(chunks[rank]))

@@ -39,11 +39,16 @@ class TrainedAdapter:
 
 
 def attach_adapter(policy: Decoder, config: AdapterConfig, *, seed: int) -> TrainedAdapter:
-    """Freezes `policy`, quantises it where `config` says so, and gives it an adapter that changes nothing yet.
+    """Freezes `policy` (but for its embeddings, where `config` says so), quantises it on request, and gives it an
+    adapter that changes nothing yet.
 
     The adapter's weights follow `seed`.
     """
     if config.base != "none":
         quantise(policy, config.base)
     torch.manual_seed(seed)
-    return TrainedAdapter(policy, apply_lora(policy, config.lora), config)
+    lora = apply_lora(policy, config.lora)
+    policy.embedding.requires_grad_(config.embedding)
+    if policy.head is not None:
+        policy.head.requires_grad_(config.embedding)
+    return TrainedAdapter(policy, lora, config)

@@ -72,6 +72,9 @@ class AdapterConfig:
     lora: LoraConfig
     base: Quantisation = "none"
     """How the frozen weights are kept: anything but "none" makes it QLoRA (arXiv 2305.14314, which takes "nf4")."""
+    embedding: bool = False
+    """Whether the vectors of tokens, into the model and out of it, are trained beside the adapter: no product that an
+    adapter could change makes up for the vector of a token that the base model never saw."""
 
     def __post_init__(self) -> None:
         _check("adapter.base", self.base in get_args(Quantisation), " or ".join(get_args(Quantisation)), self.base)
@@ -123,7 +126,8 @@ class PpoStage:
     value_clip: float = 0.2
     value_coefficient: float = 0.5
     kl_coefficient: float = 0.05
-    """Price of one nat of divergence from the policy that the stage began with."""
+    """Price of one nat of divergence from the policy that the stage began with, in standard deviations of the scores
+    of that policy's completions."""
     kl_target: float | None = None
     """Nats a completion at which the price is held; `None` leaves the price as it is."""
     gamma: float = 1.0

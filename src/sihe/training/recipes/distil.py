@@ -44,7 +44,8 @@ class DistilObjective:
         """`kl` (teacher, student) at temperature 1, in nats a token, and the `accuracy` of greedy answers."""
         batch = self._lesson.held_out_answered()
         kl = losses.masked_mean(self._kl(batch, losses.forward_kl), batch.target_mask)
-        return {"kl": float(kl), "accuracy": self._lesson.judge(self._student, temperature=0)["accuracy"]}
+        judged = self._lesson.judge(self._lesson.examine(self._student, temperature=0))
+        return {"kl": float(kl), "accuracy": judged["accuracy"]}
 
     def _kl(self, batch: Padded, divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         tokens_BT = batch.tokens[:, :-1]

@@ -77,7 +77,7 @@ class GrpoObjective:
     @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """What `Lesson.judge` finds."""
-        return self._lesson.judge(self._policy)
+        return self._lesson.judge(self._lesson.examine(self._policy))
 
     def _sample(self, number: int) -> _Round:
         """Round `number` of rollouts."""

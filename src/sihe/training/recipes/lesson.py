@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -16,6 +17,16 @@ from sihe.training.recipes.types import Completion, Sampling
 
 _Item = TypeVar("_Item")
 _JUDGED_TOKENS = 10  # "99+99=198" and its end
+_JUDGED_SAMPLES = 8  # of each held-out problem: what the draws add to the error is then below what the problems do
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Problems with a policy's answer to each."""
+
+    asked: Sequence[Problem]
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Completion]
 
 
 class Lesson:
@@ -39,6 +50,10 @@ class Lesson:
     def problems(self, step: int, count: int) -> Sequence[Problem]:
         """This rank's share of `count` problems of `step`."""
         return self.share(self._problems.draw(step, count))
+
+    def problems_of_all(self, step: int, count: int) -> Sequence[Problem]:
+        """The `count` problems of `step`, the same on every rank."""
+        return self._problems.draw(step, count)
 
     def answered(self, step: int, count: int) -> Padded:
         """This rank's share of `count` right conversations of `step`."""
@@ -73,17 +88,23 @@ class Lesson:
         said: str = self.chat.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
         return said if ended else said + "…"
 
-    def judge(self, policy: Decoder, *, temperature: float = 1.0) -> dict[str, float]:
-        """How sampled answers to the held-out problems do: the shares that are right, that are short, and the mean
-        preference. The random numbers are the same at every call, so that two policies differ by their weights."""
+    def examine(self, policy: Decoder, *, temperature: float = 1.0) -> Examined:
+        """Answers to the held-out problems, eight of each, or the greedy one at temperature 0.
+
+        The random numbers are the same at every call, so that two policies differ by their weights.
+        """
+        asked = tuple(self.held_out) * (_JUDGED_SAMPLES if temperature > 0 else 1)
         sampling = Sampling(_JUDGED_TOKENS, temperature)
-        completions = sample_completions(policy, self.prompts(self.held_out), sampling, seed=self.seed, end=END)
-        said = [self.text(completion) for completion in completions]
-        count = len(said)
+        prompts = self.prompts(asked)
+        return Examined(asked, prompts, sample_completions(policy, prompts, sampling, seed=self.seed, end=END))
+
+    def judge(self, examined: Examined) -> dict[str, float]:
+        """How the answers do: the shares that are right, that are short, and the mean preference."""
+        judged = [(p, self.text(made)) for p, made in zip(examined.asked, examined.completions, strict=True)]
         return {
-            "accuracy": sum(p.is_right(text) for p, text in zip(self.held_out, said, strict=True)) / count,
-            "preference": sum(p.preference(text) for p, text in zip(self.held_out, said, strict=True)) / count,
-            "short": sum("=" not in text for text in said) / count,
+            "accuracy": sum(problem.is_right(text) for problem, text in judged) / len(judged),
+            "preference": sum(problem.preference(text) for problem, text in judged) / len(judged),
+            "short": sum("=" not in text for _, text in judged) / len(judged),
         }
 
     def _encode_once(self, problem: Problem, answer: str) -> MaskedTokens:

@@ -3,7 +3,8 @@
     B  completions of this rank      T  tokens, the question's included, less one
 
 A round samples completions, scores each with the reward model, charges every token for its divergence from the policy
-that the stage began with, and uses the outcome for `epochs` steps.
+that the stage began with, and uses the outcome for `epochs` steps. Scores have mean 0 and variance 1 over what the
+policy said at the beginning, so that the price of a nat means the same whatever the reward model's scale.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from sihe.training.recipes.types import Sampling, Terms
 
 # Ziegler et al. 2019, section 2.2: gain of the controller, and the largest error that it reacts to.
 _GAIN, _LARGEST_ERROR = 0.1, 0.2
+_SMALLEST_DEVIATION = 1e-6  # of a reward model that has no opinion
+_NORMALISING = 512  # completions from which the scale of the scores is taken
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class PpoObjective:
         self._lesson = lesson
         self._stage = stage
         self._round: _Round | None = None
+        self._mean, self._deviation = self._moments()
 
     @property
     def module(self) -> nn.Module:
@@ -86,13 +90,11 @@ class PpoObjective:
     @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
         """What `Lesson.judge` finds, the reward model's `score`, and the `kl` of a held-out completion in nats."""
-        lesson, policy = self._lesson, self._actor.policy
-        prompts = lesson.prompts(lesson.held_out)
-        sampled = sample_completions(policy, prompts, Sampling(self._stage.max_tokens), seed=lesson.seed, end=END)
-        batch = joined(prompts, [completion.token_ids for completion in sampled])
+        examined = self._lesson.examine(self._actor.policy)
+        batch = joined(examined.prompts, [completion.token_ids for completion in examined.completions])
         return {
-            **lesson.judge(policy),
-            "score": float(self._reward.score(batch.tokens, batch.last).mean()),
+            **self._lesson.judge(examined),
+            "score": float(self._scores(batch).mean()),
             "kl": float(self._k1(batch).sum(1).mean()),
         }
 
@@ -105,7 +107,7 @@ class PpoObjective:
         batch = joined(prompts, [completion.token_ids for completion in sampled])
         mask_BT = batch.target_mask
         k1_BT = self._k1(batch)
-        score_B = self._reward.score(batch.tokens, batch.last)
+        score_B = self._scores(batch)
         rewards_BT = -self._actor.kl_coefficient * k1_BT
         rewards_BT[torch.arange(len(score_B)), batch.last - 1] += score_B
         values_BT = self._actor.critic(batch.tokens[:, :-1])
@@ -118,6 +120,23 @@ class PpoObjective:
         behaviour_BT = next_token_logprobs(self._actor.policy, batch.tokens)
         advantages_BT = whitened(advantages_BT, mask_BT, ranks.sum_)
         return _Round(batch, behaviour_BT, values_BT, advantages_BT, returns_BT, score, kl)
+
+    @torch.no_grad()
+    def _moments(self) -> tuple[float, float]:
+        """Mean and deviation of the reward model's scores under the first policy (Ziegler et al. 2019, section 2.1).
+
+        Every rank draws the same completions, and so does a run that goes on: nothing has to be sent or kept.
+        """
+        prompts = self._lesson.prompts(self._lesson.problems_of_all(-1, _NORMALISING))
+        sampling = Sampling(self._stage.max_tokens)
+        sampled = sample_completions(self._reference, prompts, sampling, seed=self._lesson.seed, end=END)
+        batch = joined(prompts, [completion.token_ids for completion in sampled])
+        score_B = self._reward.score(batch.tokens, batch.last)
+        return float(score_B.mean()), max(float(score_B.std()), _SMALLEST_DEVIATION)
+
+    def _scores(self, batch: Padded) -> Tensor:
+        """The normalised score of each completion, [B]."""
+        return (self._reward.score(batch.tokens, batch.last) - self._mean) / self._deviation
 
     def _control(self, kl: float) -> None:
         """Moves the price of divergence towards where the policy keeps to the target."""

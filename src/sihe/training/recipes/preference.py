@@ -50,7 +50,8 @@ class PreferenceObjective:
         chosen, rejected = self._lesson.held_out_pairs()
         margin_B = self._log_ratio(chosen).sum(1) - self._log_ratio(rejected).sum(1)
         accuracy = float((margin_B.sign() + 1).mean() / 2)
-        return {"pair_accuracy": accuracy, "margin": float(margin_B.mean()), **self._lesson.judge(self._policy)}
+        judged = self._lesson.judge(self._lesson.examine(self._policy))
+        return {"pair_accuracy": accuracy, "margin": float(margin_B.mean()), **judged}
 
     def _relative(self, chosen: Padded, rejected: Padded) -> Tensor:
         """Losses of log-ratios, [B]."""

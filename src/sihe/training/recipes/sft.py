@@ -39,5 +39,5 @@ class SftObjective:
         """`accuracy` of greedy answers, and `nll` in nats a token."""
         batch = self._lesson.held_out_answered()
         logps_BT = next_token_logprobs(self._policy, batch.tokens)
-        judged = self._lesson.judge(self._policy, temperature=0)
+        judged = self._lesson.judge(self._lesson.examine(self._policy, temperature=0))
         return {"accuracy": judged["accuracy"], "nll": float(sft_nll(logps_BT, batch.target_mask))}
