@@ -204,11 +204,17 @@ def _settings(given: list[str] | None) -> dict[str, str] | None:
 
 
 def _print_result(result: LabResult, language: Language) -> None:
+    from sihe.apps.coach.gantt import write_timeline
+
     claims = [(claim.label.of(language), claim.shown, claim.provenance) for claim in result.claims]
     terminal.table(("claim", "value", "provenance"), claims)
     for table in result.tables:
         terminal.say(f"\n{table.title.of(language)}")
         terminal.table([f"{column.label.of(language)} {column.unit}".strip() for column in table.columns], table.rows)
+    for timeline in result.timelines:
+        terminal.say(f"\n{timeline.title.of(language)}")
+        for line in write_timeline(timeline, language=language):
+            terminal.say(line)
     if result.grades:
         terminal.say("")
         rows = [

@@ -8,7 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
+from markupsafe import Markup
 
+from sihe.apps.coach.gantt import draw_timeline
 from sihe.apps.coach.labs.types import LabResult, Series, quantity
 from sihe.console.context import Console
 from sihe.console.jobs import Job, Jobs
@@ -46,6 +48,9 @@ def router(console: Console) -> APIRouter:
             job=current,
             result=result,
             charts=charts(result.series, language) if result else [],
+            timelines=[(item, Markup(draw_timeline(item, language=language))) for item in result.timelines]
+            if result
+            else [],
             elapsed_s=jobs.elapsed_s(current) if current else 0.0,
             questions=[item for item in console.coach.questions() if name in item.question.labs],
             attempts=[item for item in console.coach.attempts(lab=name) if item.state == "done" and item.run_id != run],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
 
-from sihe.apps.coach.labs import allreduce, attention, kvcache, zero
+from sihe.apps.coach.labs import allreduce, attention, kvcache, pipeline, tensor, zero
 from sihe.apps.coach.labs.types import Lab, Measurement
 from sihe.apps.coach.map import CONTENT, read_yaml
 from sihe.core.errors import NotFound
@@ -28,6 +28,8 @@ MEASURES: dict[str, Measure] = {
     "allreduce.ring": allreduce.measure,
     "attention.cost": attention.measure,
     "kv.cache": kvcache.measure,
+    "pipeline.bubble": pipeline.measure,
+    "tp.split": tensor.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 

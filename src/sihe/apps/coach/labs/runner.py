@@ -52,6 +52,7 @@ def result_of(
         claims=claims,
         tables=measurement.tables,
         series=measurement.series,
+        timelines=measurement.timelines,
         explanation=Text(zh=fill(lab.explanation.zh, shown), en=fill(lab.explanation.en, shown)),
         machine=machine(),
         started_at=started_at,

@@ -121,6 +121,54 @@ class Series(Value):
     points: tuple[tuple[float, float], ...] = Field(min_length=1)
 
 
+class WorkKind(Value):
+    """A kind of work in a timeline, with its colour by place in the list."""
+
+    key: Identifier
+    label: Text
+
+
+class Bar(Value):
+    """A piece of work in a timeline: in which row, when, of which kind, and the mark on it."""
+
+    row: int = Field(ge=0)
+    start: float = Field(ge=0, allow_inf_nan=False)
+    end: float = Field(allow_inf_nan=False)
+    kind: Identifier
+    mark: str = ""
+
+    @model_validator(mode="after")
+    def _forward(self) -> Bar:
+        if self.end < self.start:
+            raise ValueError(f"a bar ends after its start {self.start:g}, got {self.end:g}")
+        return self
+
+
+class Timeline(Value):
+    """Who did what, and when: one row each (a Gantt chart)."""
+
+    key: Identifier
+    title: Text
+    unit: Text
+    provenance: Provenance
+    rows: tuple[Text, ...] = Field(min_length=1)
+    kinds: tuple[WorkKind, ...] = Field(min_length=1)
+    bars: tuple[Bar, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _bars_have_places(self) -> Timeline:
+        kinds = {kind.key for kind in self.kinds}
+        for bar in self.bars:
+            if bar.row >= len(self.rows) or bar.kind not in kinds:
+                raise ValueError(f"timeline {self.key!r} has no row {bar.row} or no kind {bar.kind!r}")
+        return self
+
+    @property
+    def length(self) -> float:
+        """From 0 to the last end."""
+        return max(bar.end for bar in self.bars)
+
+
 class Lab(Value):
     """What a lab is, without running it."""
 
@@ -164,6 +212,7 @@ class Measurement(Value):
     values: dict[str, float]
     tables: tuple[Table, ...] = ()
     series: tuple[Series, ...] = ()
+    timelines: tuple[Timeline, ...] = ()
 
 
 class Grade(Value):
@@ -186,6 +235,7 @@ class LabResult(Value):
     claims: tuple[Claim, ...]
     tables: tuple[Table, ...]
     series: tuple[Series, ...]
+    timelines: tuple[Timeline, ...] = ()
     explanation: Text
     machine: dict[str, str]
     started_at: datetime
