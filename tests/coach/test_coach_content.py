@@ -86,7 +86,8 @@ def test_the_command_says_how_many_and_exits_with_one(content: Path, capsys: pyt
     assert main([str(content)]) == 0
     (content / "questions" / "zero" / "zh.md").unlink()
     assert main([str(content)]) == 1
-    assert capsys.readouterr().out.endswith("1 problems\n")
+    count = len(list(problems(content)))  # others may name the question that is not readable any more
+    assert capsys.readouterr().out.endswith(f"\n{count} problems\n")
 
 
 # ---- parity by itself -----------------------------------------------------------------------------------------------
