@@ -11,9 +11,11 @@ from sihe.core import terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from rich.progress import Progress
 
+    from sihe.cluster.planner.comparison import Compared
     from sihe.training.types import TrainEvent, TrainRun
 
 app = typer.Typer(help="Train a model, and see its runs.", no_args_is_help=True, rich_markup_mode=None)
@@ -31,6 +33,9 @@ def run_training(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training setting, such as max_steps=50.")
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Start over instead of continuing an interrupted run.")] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Afterwards, time this machine and set the planner's prediction beside.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model; an interrupted run with the same settings and data is continued."""
@@ -48,7 +53,12 @@ def run_training(
         version = result.model_version
         summary = {"run": result.run_id, "model": f"{version.name}@{version.version}", "steps": result.steps}
         summary |= {"loss": result.final_loss, "tokens_per_s": result.tokens_per_s, "restarts": result.restarts}
+    compared = _compared(result.folder) if predict else []
+    if as_json and predict:
+        summary["predicted"] = [asdict(row) for row in compared]
     terminal.emit(summary | {"folder": result.folder}, as_json=as_json)
+    if compared and not as_json:
+        terminal.emit([asdict(row) for row in compared], as_json=False)
 
 
 @app.command("list")
@@ -94,6 +104,13 @@ def list_presets(as_json: AsJson = False) -> None:
     from sihe.training.presets.reader import preset_names
 
     terminal.emit(preset_names(), as_json=as_json)
+
+
+def _compared(folder: Path) -> list[Compared]:
+    from sihe.cluster.planner.measurement import measure_machine
+    from sihe.training.prediction import predicted_beside_measured
+
+    return predicted_beside_measured(folder, measure_machine())
 
 
 def _summary(run: TrainRun) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sihe.training.checkpoint import Checkpoint, Checkpoints
 from sihe.training.errors import NothingToRewind
 from sihe.training.export import DTYPES, export_checkpoint
 from sihe.training.loss_scale import LossScale
+from sihe.training.memory import ResidentMemory
 from sihe.training.optimizer import MasterOptimizer
 from sihe.training.optimizers.catalog import make_rule
 from sihe.training.parallel.apply import ParallelModel
@@ -30,7 +31,7 @@ from sihe.training.ranks import Ranks
 from sihe.training.recovery import resized
 from sihe.training.rewinds import Rewinds
 from sihe.training.step import TrainStep
-from sihe.training.types import AttemptReady, StepDone, WorkerEvent
+from sihe.training.types import AttemptReady, RankMemory, StepDone, WorkerEvent
 
 
 class TrainLoop:
@@ -50,6 +51,7 @@ class TrainLoop:
             ranks=ranks,
             background=config.background_checkpoints,
         )
+        self._memory = ResidentMemory()
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.model = Decoder(self.plan.model)
         self._spread = resized(config.plan, ranks.world_size)  # an elastic run has fewer or more than it asked for
@@ -115,6 +117,7 @@ class TrainLoop:
                     self._finish_saving()  # the ranks that come after these go on from it
                     return False
         self._finish_saving()
+        self._log(RankMemory(self._ranks.largest(self._memory.growth())))
         if self._ranks.is_first:
             with self._pulse.heartbeat.slow():
                 self._export()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,12 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
             key="model.max_positions",
         )
     manifest = dataset.manifest
+    known = {each.name for each in fields(ModelConfig)}
+    if unknown := [name for name in config.model.family if name not in known]:
+        raise ConfigError(
+            f"training setting 'model.family' has no {unknown[0]!r}: known are {', '.join(sorted(known))}",
+            key="model.family",
+        )
     model = ModelConfig(
         vocab_size=manifest.vocab_size,
         bos_token_id=_bos_token_id(folder),

@@ -17,6 +17,7 @@ from sihe.training.types import (
     AttemptReady,
     CheckpointSaved,
     CheckpointSkipped,
+    RankMemory,
     StepDone,
     StepRejected,
     StepsSkipped,
@@ -26,6 +27,7 @@ from sihe.training.types import (
 _KINDS: dict[str, type[WorkerEvent]] = {
     "ready": AttemptReady,
     "step": StepDone,
+    "memory": RankMemory,
     "checkpoint": CheckpointSaved,
     "skipped": CheckpointSkipped,
     "rejected": StepRejected,

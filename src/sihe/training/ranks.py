@@ -38,6 +38,15 @@ class Ranks:
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def largest(self, value: int) -> int:
+        """The largest `value` that a rank has. Raises `PeerSilent`."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor([value])
+        with self.errors():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
+        return int(shared.item())
+
     def from_first(self, value: int) -> int:
         """The `value` that the first rank has. Raises `PeerSilent`."""
         if self.world_size == 1:

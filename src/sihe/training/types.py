@@ -60,6 +60,13 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class RankMemory:
+    """What the fullest rank had in memory at its peak, above what it had before there was a model."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete on disk."""
 
@@ -99,7 +106,7 @@ class StepsSkipped:
     reason: str
 
 
-WorkerEvent = AttemptReady | StepDone | CheckpointSaved | CheckpointSkipped | StepRejected | StepsSkipped
+WorkerEvent = AttemptReady | StepDone | RankMemory | CheckpointSaved | CheckpointSkipped | StepRejected | StepsSkipped
 TrainEvent = RunOpened | WorkerEvent | JobEvent
 
 

@@ -92,12 +92,16 @@ class Arithmetic:
         return [problem.short if source.random() < 0.5 else problem.long for problem in problems]
 
     def pairs(self, step: int, problems: Sequence[Problem]) -> list[tuple[str, str]]:
-        """For each problem a better and a worse answer: the worse one is wrong, or right and long, by chance."""
+        """For each problem a better and a worse answer: the worse one is wrong, or right and long, by chance.
+
+        Right and wrong answers have their styles each for itself. Were they alike, no pair would say that a long right
+        answer is better than a short wrong one, and a reward model would let the style decide.
+        """
         source = random.Random(f"pairs {self._seed} {step}")
         pairs = []
         for problem in problems:
             better = problem.short if source.random() < 0.5 else problem.long
-            worse = _wrong(problem, source, long=better == problem.long)
+            worse = _wrong(problem, source, long=source.random() < 0.5)
             if source.random() < 0.5:
                 better, worse = problem.short, problem.long
             pairs.append((better, worse))
