@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
 
-from sihe.apps.coach.labs import allreduce, attention, kvcache, pipeline, tensor, zero
+from sihe.apps.coach.labs import (
+    accumulation,
+    allreduce,
+    attention,
+    kvcache,
+    loss_scale,
+    mixture,
+    pipeline,
+    planning,
+    tensor,
+    zero,
+)
 from sihe.apps.coach.labs.types import Lab, Measurement
 from sihe.apps.coach.map import CONTENT, read_yaml
 from sihe.core.errors import NotFound
@@ -30,6 +41,10 @@ MEASURES: dict[str, Measure] = {
     "kv.cache": kvcache.measure,
     "pipeline.bubble": pipeline.measure,
     "tp.split": tensor.measure,
+    "accum.equivalence": accumulation.measure,
+    "amp.scale": loss_scale.measure,
+    "moe.balance": mixture.measure,
+    "plan.search": planning.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 
