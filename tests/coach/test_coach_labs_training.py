@@ -1,118 +1,159 @@
-"""What the labs about training compute, against oracles. Nothing here depends on how fast the machine is."""
+"""What the labs of checkpoints, adapters, preferences, loading, recovery and divergences compute, against oracles."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from xml.etree import ElementTree
+import itertools
+import math
 
 import pytest
-from pydantic import ValidationError
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sihe.apps.coach.gantt import draw_timeline, write_timeline
-from sihe.apps.coach.labs import pipeline, tensor
-from sihe.apps.coach.labs.registry import lab
-from sihe.apps.coach.labs.types import Bar, Measurement, Timeline, WorkKind
-from sihe.apps.coach.schema import Text
-from sihe.core.errors import InternalError
-from sihe.training.parallel.plan import ParallelPlan, Schedule
-from sihe.training.parallel.timeline import order, timeline
+from sihe.apps.coach.labs import checkpoint, elastic, kl, loader, lora, preference
+from sihe.apps.coach.labs.kl_ranks import ESTIMATES, exact, gradient_cosines, optimum
+from sihe.apps.coach.labs.loader_ranks import loading
+from sihe.apps.coach.labs.lora_ranks import ranks
+from sihe.apps.coach.labs.preference_ranks import curve, displacement
 
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def _kept(name: str, found: Measurement) -> dict[str, float]:
-    """The values, which must be those that the lab promises."""
-    assert set(found.values) == {claim.key for claim in lab(name).claims}
-    return found.values
+# ---- ckpt.async ------------------------------------------------------------------------------------------------------
 
 
-# ---- pipeline.bubble -------------------------------------------------------------------------------------------------
+@given(cost_s=st.floats(0.01, 1e3), mtbf_s=st.floats(1e3, 1e7), factor=st.floats(0.1, 10))
+def test_no_other_interval_loses_less(cost_s: float, mtbf_s: float, factor: float) -> None:
+    best_s = checkpoint.best_interval_s(cost_s, mtbf_s)
+    least = checkpoint.lost_share(best_s, cost_s, mtbf_s)
+    assert least == pytest.approx(math.sqrt(2 * cost_s / mtbf_s))
+    assert checkpoint.lost_share(factor * best_s, cost_s, mtbf_s) >= least * (1 - 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "pieces"),
-    [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-zero-bubble", 2), ("zbv", 2)],
-)
-def test_a_replay_of_an_order_is_its_simulation(schedule: Schedule, pieces: int) -> None:
-    plan = ParallelPlan(pp=4, microbatches=8, schedule=schedule, stages_per_rank=pieces)
-    works = [[(work.kind, work.stage, work.microbatch) for work in done] for done in order(plan)]
-    replayed = {(slot.kind, slot.stage, slot.microbatch): (slot.start, slot.end) for slot in pipeline.replay(works)}
-    expected = {(s.work.kind, s.work.stage, s.work.microbatch): (s.start, s.end) for s in timeline(plan)}
-    assert replayed == expected
+def test_a_killed_writer_leaves_the_checkpoint_before_it() -> None:
+    measured = checkpoint.measure({"layers": 1, "cost-s": 30.0, "mtbf-h": 3.0}, limit_s=250).values
+    assert measured["step-after-kill"] == 1
+    assert measured["whole-after-kills"] == measured["kills"] == 2
+    assert measured["left-after-kills"] == 0
+    assert measured["changed-by-training"] == 0
+    assert measured["size-measured"] == pytest.approx(measured["size-modelled"], rel=0.01)
 
 
-def test_an_order_in_which_ranks_wait_for_each_other_is_an_error() -> None:
-    with pytest.raises(InternalError, match="cannot have been"):
-        pipeline.replay([[("F", 0, 0), ("B", 0, 0)], [("B", 1, 0), ("F", 1, 0)]])
+# ---- lora.rank -------------------------------------------------------------------------------------------------------
 
 
-def test_two_real_ranks_wait_as_long_as_the_formulas_say() -> None:
-    found = pipeline.measure({"ranks": 4, "microbatches": 8, "stages-per-rank": 2}, limit_s=250)
-    values = _kept("pipeline.bubble", found)
-    for name in ("gpipe", "onefb", "interleaved"):
-        assert values[f"{name}-counted"] == pytest.approx(values[f"{name}-formula-two"], abs=1e-9)
-        assert values[f"{name}-simulated"] == pytest.approx(values[f"{name}-formula"], abs=1e-9)
-        assert 0 < values[f"{name}-timed"] < 1
-    assert values["zbv-counted"] == pytest.approx(1 / (3 * 2 * 8 + 1))
-    assert (values["gpipe-kept"], values["onefb-kept"]) == (8, 2)
-    assert values["loss-difference"] < 1e-5
-    real = next(picture for picture in found.timelines if picture.key == "timed-1f1b")
-    for row in (0, 1):
-        bars = sorted((bar for bar in real.bars if bar.row == row), key=lambda bar: bar.start)
-        assert len(bars) == 16
-        assert all(before.end <= after.start for before, after in pairwise(bars))
+def test_adapters_reach_the_best_error_of_their_rank() -> None:
+    found = ranks(0, 1, ranks=[1, 2], true_rank=2, hidden=32, steps=250)
+    half, full = found["learnt"]
+    assert half["error"] == pytest.approx(lora.least_error(1, 2), rel=0.02)
+    assert full["error"] < 1e-3
+    assert full["logit_error"] < 1e-3 < half["logit_error"]
+    assert half["parameters"] == lora.adapter_parameters(1, 32, 32, 4)
+    assert 4 * half["parameters"] < half["file_bytes"] < 4 * half["parameters"] + 2000
 
 
-# ---- timelines -------------------------------------------------------------------------------------------------------
+def test_the_least_error_is_that_of_the_singular_values() -> None:
+    matrix = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0]
+    update = matrix @ torch.linalg.qr(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)))[0].T
+    u, s, v = torch.linalg.svd(update, full_matrices=False)
+    for rank in range(1, 6):
+        rest = update - (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert float(rest.norm() / update.norm()) == pytest.approx(lora.least_error(rank, 4), abs=1e-5)
 
 
-def _two_bars() -> Timeline:
-    words = Text(zh="某<", en="some<")
-    kinds = (WorkKind(key="a", label=words), WorkKind(key="b", label=words))
-    bars = (Bar(row=0, start=0, end=2, kind="a", mark="7"), Bar(row=1, start=3, end=4, kind="b", mark="8"))
-    return Timeline(
-        key="t", title=words, unit=words, provenance="modelled", rows=(words, words), kinds=kinds, bars=bars
-    )
+# ---- dpo.margin ------------------------------------------------------------------------------------------------------
 
 
-def test_a_timeline_is_drawn_to_scale_in_both_languages() -> None:
-    for language in ("zh", "en"):
-        root = ElementTree.fromstring(draw_timeline(_two_bars(), language=language))  # type: ignore[arg-type]  # both are
-        assert root.get("aria-label") == _two_bars().title.of(language)
-        first, second = (group.find(f"{SVG}rect") for group in root.iter(f"{SVG}g"))
-        assert first is not None
-        assert second is not None
-        width, further = float(first.get("width", "")), float(second.get("x", "")) - float(first.get("x", ""))
-        assert further == pytest.approx(1.5 * (width + 0.8), abs=0.1)
-        assert first.get("fill") != second.get("fill")
-        assert "style" not in ElementTree.tostring(root, encoding="unicode")
+@given(beta=st.floats(0.01, 1), margin=st.floats(-40, 40))
+def test_the_gradient_weight_is_that_of_the_paper(beta: float, margin: float) -> None:
+    found = curve(beta, [0.0, margin, math.log(3) / beta])
+    assert found["loss"][0] == pytest.approx(math.log(2))
+    assert found["weight"][1] == pytest.approx(preference.gradient_weight(beta, margin), rel=1e-9)
+    assert found["weight"][2] == pytest.approx(found["weight"][0] / 2)
 
 
-def test_a_timeline_is_written_with_dots_where_a_row_waits() -> None:
-    assert write_timeline(_two_bars(), width=16) == ["some<  77777777........", "some<  ............8888"]
-    assert write_timeline(_two_bars(), width=8) == ["some<  77..", "some<  ...8"]  # a column for each whole unit
+def test_pushing_a_like_answer_down_takes_the_chosen_one_along() -> None:
+    alike, unlike = displacement(0.9), displacement(0.0)
+    assert alike["chosen"] < 0 < alike["third"]
+    assert unlike["chosen"] > 0
+    for change in (alike, unlike):
+        assert change["chosen"] > change["rejected"], "the margin widens in any case"
 
 
-def test_a_bar_needs_a_row_a_kind_and_an_end_after_its_start() -> None:
-    good = _two_bars()
-    for wrong in ({"row": 2}, {"kind": "c"}):
-        with pytest.raises(ValidationError, match="has no row"):
-            Timeline.model_validate(good.model_dump() | {"bars": [good.bars[0].model_dump() | wrong]})
-    with pytest.raises(ValidationError, match="ends after its start"):
-        Bar(row=0, start=2, end=1, kind="a")
+def test_a_policy_learns_the_order_of_pairs() -> None:
+    measured = preference.measure({"beta": 0.3, "margin": 2.0, "steps": 10}, limit_s=250).values
+    assert measured["loss-at-start"] == pytest.approx(math.log(2), abs=1e-6)
+    assert measured["margin-at-end"] > 1
+    assert measured["margin-at-end"] == pytest.approx(measured["chosen-at-end"] - measured["rejected-at-end"], abs=1e-4)
 
 
-# ---- tp.split --------------------------------------------------------------------------------------------------------
+# ---- loader.prefetch -------------------------------------------------------------------------------------------------
 
 
-def test_a_cut_layer_sends_what_the_formula_says_and_keeps_what_the_planner_counts() -> None:
-    found = tensor.measure({"hidden": 128, "tokens": 64}, limit_s=250)
-    values = _kept("tp.split", found)
-    assert values["plain-sent"] == values["sequence-sent"] == values["sent-modelled"] == 4
-    assert (values["plain-messages"], values["sequence-messages"]) == (4, 8)
-    for name in ("plain", "sequence"):
-        assert values[f"{name}-kept"] == pytest.approx(values[f"{name}-kept-modelled"], rel=1e-9)
-        assert values[f"{name}-difference"] < 1e-5
-    assert 0.5 < values["sequence-kept"] < values["plain-kept"] < 1
-    # To the byte: measured and counted by the planner.
-    assert all(row[-2] == row[-1] for row in found.tables[0].rows)
+@given(cost_s=st.floats(0.01, 1), step_s=st.floats(0.01, 1))
+def test_stalls_without_and_with_reading_ahead(cost_s: float, step_s: float) -> None:
+    costs_s = [cost_s] * 50
+    # The time ends with the last answer, so that one step fewer than batches counts.
+    alone = 50 * cost_s / (50 * cost_s + 49 * step_s)
+    assert loader.stall_share(costs_s, step_s, 0) == pytest.approx(alone)
+    stalled_s = cost_s + 49 * max(0.0, cost_s - step_s)
+    for depth in (1, 8):
+        expected = stalled_s / (stalled_s + 49 * step_s)
+        assert loader.stall_share(costs_s, step_s, depth) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=2, max_size=30), st.floats(0.01, 1))
+def test_more_depth_never_waits_longer(costs_s: list[float], step_s: float) -> None:
+    shares = [loader.stall_share(costs_s, step_s, depth) for depth in (0, 1, 2, 4, 8)]
+    assert all(one >= other - 1e-12 for one, other in itertools.pairwise(shares))
+
+
+def test_a_resume_neither_repeats_nor_misses() -> None:
+    found = loading(0, 1, depths=[], costs_s=[], step_s=0.0, depth=3, taken=4)
+    assert (found["next_sample"], found["read_ahead"]) == (4 * 8, 3 * 8)
+    assert (found["differing"], found["repeated"], found["missed"]) == ([0, 0, 0], 0, 0)
+
+
+# ---- elastic.kill ----------------------------------------------------------------------------------------------------
+
+
+def test_differing_steps_are_counted() -> None:
+    calm = [[1, 0.5, "a"], [2, 0.4, "b"]]
+    assert elastic.differing(calm, [[1, 0.5, "a"], [1, 0.5, "a"], [2, 0.4, "b"]]) == 0
+    assert elastic.differing(calm, [[1, 0.5, "a"], [2, 0.4000001, "b"], [3, 0.1, "c"]]) == 2
+    assert elastic.differing(calm, calm[:1]) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_steps_and_changes_none() -> None:
+    measured = elastic.measure({"kill-step": 7, "checkpoint-every": 3}, limit_s=280).values
+    assert (measured["resumed-step"], measured["repeated"], measured["next-sample"]) == (6, 1, 6 * 8)
+    assert (measured["restarts"], measured["steps"], measured["steps-differing"]) == (1, 12, 0)
+
+
+# ---- rlhf.kl ---------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_have_the_known_bias_and_gradients() -> None:
+    generator = torch.Generator().manual_seed(4)
+    log_q_V = torch.log_softmax(torch.randn(12, generator=generator, dtype=torch.float64), 0)
+    logits_V = log_q_V + 0.2 * torch.randn(12, generator=generator, dtype=torch.float64)
+    log_p_V = torch.log_softmax(logits_V, 0)
+    found = exact(logits_V, log_q_V)
+    expected = torch.nn.functional.kl_div(log_q_V, log_p_V, log_target=True, reduction="sum")
+    assert found["kl"] == pytest.approx(float(expected))
+    assert abs(found["k1"]["bias"]) < 1e-12
+    assert abs(found["k3"]["bias"]) < 1e-12
+    assert abs(found["k2"]["bias"]) > 1e-6
+    assert found["k1"]["deviation"] > 3 * found["k3"]["deviation"]
+    assert found["k1"]["negative"] > 0 == found["k2"]["negative"] == found["k3"]["negative"]
+    cosines = gradient_cosines(logits_V, log_q_V)
+    assert cosines["k1_length"] < 1e-12
+    assert cosines["k2_reverse"] == pytest.approx(1.0)
+    assert cosines["k3_forward"] == pytest.approx(1.0)
+    assert cosines["k3_reverse"] < 0.9999
+    assert set(ESTIMATES) == {"k1", "k2", "k3"}
+
+
+@pytest.mark.parametrize(("share", "beta"), [(0.2, 0.5), (0.05, 0.2), (0.5, 5.0)])
+def test_ascent_arrives_at_the_closed_form(share: float, beta: float) -> None:
+    found = optimum(share, beta)
+    assert found["learnt"] == pytest.approx(kl.best_share(share, beta), rel=1e-4)
+    assert found["closed"] == pytest.approx(kl.best_share(share, beta), rel=1e-12)
