@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from sihe.training.ranks import Ranks
 from sihe.training.recipes.arithmetic import END, Arithmetic, Problem, arithmetic_chat
 from sihe.training.recipes.config import TaskConfig
@@ -39,11 +41,14 @@ def test_of_a_pair_the_first_is_liked_better() -> None:
     task = Arithmetic(TASK, seed=0)
     problems = task.draw(0, 300)
     pairs = task.pairs(0, problems)
-    kinds = set()
+    kinds: set[tuple[float, float]] = set()
+    styles_when_wrong: set[tuple[bool, bool]] = set()
     for problem, (better, worse) in zip(problems, pairs, strict=True):
         assert problem.preference(better) > problem.preference(worse)
         kinds.add((problem.preference(better), problem.preference(worse)))
+        styles_when_wrong |= {("=" in better, "=" in worse)} if problem.preference(worse) == 0 else set()
     assert kinds == {(1.0, 0.5), (1.0, 0.0), (0.5, 0.0)}
+    assert styles_when_wrong == set(product([True, False], repeat=2))  # style alone does not tell right from wrong
     assert all(problem.is_right(answer) for problem, answer in zip(problems, task.answers(0, problems), strict=True))
 
 

@@ -140,6 +140,23 @@ def test_ppo_starts_at_ratio_one_and_prices_divergence() -> None:
     assert all(not weight.requires_grad for weight in objective._reward.parameters())
 
 
+def test_the_scale_of_a_reward_model_does_not_matter_to_ppo() -> None:
+    def scored_by(gain: float, offset: float, ranks: Ranks) -> PpoObjective:
+        scorer = Scorer(small_policy())
+        with torch.no_grad():
+            scorer.head.weight.copy_(gain * torch.linspace(-1, 1, scorer.head.weight.numel()))
+            scorer.head.bias.fill_(offset)
+        return PpoObjective(small_policy(), scorer, small_lesson(ranks), PpoStage(STEPS, epochs=1, max_tokens=3))
+
+    one, other = scored_by(1.0, 0.0, Ranks()), scored_by(7.0, -40.0, Ranks())
+    measured = one.measure()
+    assert other.measure()["score"] == pytest.approx(measured["score"], abs=1e-3)
+    plain, scaled = one.terms(0), other.terms(0)
+    assert float(scaled.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-3)
+    # every rank has the same scale: what it says of the held-out problems is what one rank alone says
+    assert all(scored_by(1.0, 0.0, Ranks(rank, 2)).measure()["score"] == measured["score"] for rank in range(2))
+
+
 def test_grpo_learns_from_what_differs_within_a_group() -> None:
     policy = small_policy()
     stage = GrpoStage(STEPS, group=4, epochs=2, kl_coefficient=0.0, max_tokens=3)
@@ -241,9 +258,9 @@ def test_recipes_that_begin_alike_share_their_beginning(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(folders) + 1
 
 
-@pytest.mark.parametrize("base", ["none", "int8", "nf4"])
-def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path, base: str) -> None:
-    adapter = {"lora": {"rank": 1, "targets": ["q_proj"]}, "base": base}
+@pytest.mark.parametrize(("base", "embedding"), [("none", False), ("none", True), ("nf4", False), ("nf4", True)])
+def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path, base: str, embedding: bool) -> None:
+    adapter = {"lora": {"rank": 1, "targets": ["q_proj"]}, "base": base, "embedding": embedding}
     config = tiny_recipe({"kind": "sft", "operation": "-", "adapter": adapter})
     made = Stages(config, tmp_path).run()
     changed = {
@@ -251,16 +268,16 @@ def test_an_adapter_trains_little_and_ends_in_the_weights(tmp_path: Path, base: 
         for (name, before), after in zip(made.base.named_parameters(), made.policy.parameters(), strict=True)
         if not torch.equal(before, after)
     }
-    attention = "blocks.0.attention.qkv.weight"
+    learnt = {"blocks.0.attention.qkv.weight"} | ({"embedding.weight"} if embedding else set())
     if base == "none":
-        assert changed == {attention}
+        assert changed == learnt
     else:  # the other products are what their codes stand for
         after = dict(made.policy.named_parameters())
         coded = frozen(made.base)
         quantise(coded, base)  # type: ignore[arg-type]
         dequantise(coded)
         differs = {name for name, weight in coded.named_parameters() if not torch.equal(weight, after[name])}
-        assert differs == {attention}
+        assert differs == learnt
     assert all(weight.requires_grad for weight in made.policy.parameters())
 
 

@@ -108,7 +108,7 @@ class SyncMachine(RuleBasedStateMachine):
 
 
 TestSyncMachine = SyncMachine.TestCase
-TestSyncMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSyncMachine.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
 
 
 class Engine:
