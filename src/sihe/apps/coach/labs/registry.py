@@ -13,11 +13,17 @@ from sihe.apps.coach.labs import (
     accumulation,
     allreduce,
     attention,
+    checkpoint,
+    elastic,
+    kl,
     kvcache,
+    loader,
+    lora,
     loss_scale,
     mixture,
     pipeline,
     planning,
+    preference,
     tensor,
     zero,
 )
@@ -45,6 +51,12 @@ MEASURES: dict[str, Measure] = {
     "amp.scale": loss_scale.measure,
     "moe.balance": mixture.measure,
     "plan.search": planning.measure,
+    "ckpt.async": checkpoint.measure,
+    "lora.rank": lora.measure,
+    "dpo.margin": preference.measure,
+    "loader.prefetch": loader.measure,
+    "elastic.kill": elastic.measure,
+    "rlhf.kl": kl.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 
