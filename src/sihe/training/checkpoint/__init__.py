@@ -13,6 +13,12 @@ summed on its way and synced (`shards`); the manifest that vouches for them (`ma
 agree in a group of their own (`agreement`), so that the training goes on beside it (`store`).
 """
 
-from sihe.training.checkpoint.store import Checkpoint, Checkpoints
+from sihe.core.lazy import attach
 
-__all__ = ["Checkpoint", "Checkpoints"]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Checkpoint": "sihe.training.checkpoint.store",
+        "Checkpoints": "sihe.training.checkpoint.store",
+    },
+)
