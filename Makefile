@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check unit bench peers test-ray pin reference clean
+.PHONY: help demo test check unit slow matrix chaos bench peers test-ray pin reference clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,15 @@ check: $(READY)  ## lint, format, types, import contracts
 
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not ray and not k8s"
+
+slow: $(READY)  ## the tests that take longer, but for chaos and matrix
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not ray and not k8s" --ignore tests/training/test_training_chaos.py
+
+matrix: $(READY)  ## every plan of parallelism on 2, 4 and 8 processes against one; writes docs/reference/parallelism.md
+	cd tests && ../$(BIN)/python -m support.parallel_matrix ../docs/reference/parallelism.md
+
+chaos: $(READY)  ## training under accidents at random moments: make chaos CHAOS_MOMENTS=20
+	CHAOS_MOMENTS=$(or $(CHAOS_MOMENTS),3) $(BIN)/python -m pytest -m slow tests/training/test_training_chaos.py
 
 bench: $(READY)  ## measure claims: make bench ROOM=training
 	$(BIN)/python -m benchmarks.run $(ROOM)
