@@ -213,7 +213,7 @@ ALL = [
 
 
 def test_every_stage_after_every_other_and_the_same_again(tmp_path: Path) -> None:
-    config = tiny_recipe(*ALL)
+    config = tiny_recipe(*ALL, checkpoint_every=2)
     events, policy = measured_by(config, tmp_path / "a")
     assert [(event.stage[2:], event.step) for event in events] == [
         (kind, step) for kind in ("sft", "reward", "ppo", "preference", "grpo", "sft", "distil") for step in (0, 1, 2)
