@@ -102,9 +102,20 @@ class Answer:
         return {
             "tokens": tokens,
             "token_logprobs": [item.logprob for item in items],
-            "top_logprobs": [{self._token_text(token): logprob for token, logprob in item.top} for item in items],
+            "top_logprobs": [self._by_text(item.top) for item in items],
             "text_offset": ends[:-1],
         }
+
+    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Tokens by their text, as this endpoint wants it; one whose text another has already goes by its id.
+
+        Tokens that are parts of a character all read as the replacement character.
+        """
+        named: dict[str, float] = {}
+        for token, logprob in top:
+            text = self._token_text(token)
+            named[f"token_id:{token}" if text in named else text] = logprob
+        return named
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token)
