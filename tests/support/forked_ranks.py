@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -60,7 +61,7 @@ class ForkedRanks:
     def _result_of(self, rank: int) -> tuple[Any, str | None]:
         assert self._results[rank].poll(2 * _MEETING_S), f"rank {rank} hangs"
         try:
-            answer: tuple[Any, str | None] = self._results[rank].recv()
+            answer: tuple[Any, str | None] = pickle.loads(self._results[rank].recv_bytes())
         except EOFError:
             return None, "it died"
         return answer
@@ -102,10 +103,12 @@ def _run(
             timeout=timedelta(seconds=_MEETING_S),
         )
         group = dist.new_group(timeout=timedelta(seconds=timeout_s))
-        answer.send((function(Ranks(rank, world_size, timeout_s, group), *arguments), None))
+        result = function(Ranks(rank, world_size, timeout_s, group), *arguments)
+        # As bytes: `send` would share a tensor's memory, which is gone when this process is.
+        answer.send_bytes(pickle.dumps((result, None)))
         dist.barrier()  # nobody leaves while others still talk to it
         dist.destroy_process_group()
     except Exception as error:
         import traceback
 
-        answer.send((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        answer.send_bytes(pickle.dumps((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
