@@ -1,0 +1,21 @@
+"""Plans of parallelism against a single process: some here, all of them by `make matrix`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.parallel_matrix import page, run
+
+
+@pytest.mark.parametrize("model", ["dense", "experts"])
+def test_plans_on_two_ranks(model: str, tmp_path: Path) -> None:
+    """Replicas, and shards of optimizer states and weights; each goes on from the one before."""
+    alone = run(1, model, tmp_path, None)
+    rows = run(2, model, tmp_path, alone[0].plan, slice(0, 6))
+    assert [row.plan for row in rows if not row.holds] == []
+    assert all(row.resumed_from and row.resume_error > 0 for row in rows), (
+        "a loss that is the same bits was not computed"
+    )
+    assert f"| 2 | {rows[-1].plan} |" in page(rows)
