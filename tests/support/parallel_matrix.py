@@ -294,11 +294,11 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Parallelism, held against a single process",
         "",
-        "Written by `make matrix`. Each plan trains a tiny model with the batch, seed and clipping of a single process.",
-        "Errors are relative: of gradients to the largest of their tensor, the worst tensor counting; of the loss after",
-        "an update; and of two losses after loading the checkpoint of the last plan above that sends float32, whatever",
-        f"its ranks. The tolerance is {TOLERANCE:.0e}, for sums in another order; gradients that travel in 16 bits have",
-        "their own.",
+        "Written by `make matrix`. Each plan trains a tiny model with the batch, seed and clipping of a single",
+        "process. Errors are relative: of gradients to the largest of their tensor, the worst tensor counting; of the",
+        "loss after an update; and of two losses after loading the checkpoint of the last plan above that sends",
+        f"float32, whatever its ranks. The tolerance is {TOLERANCE:.0e}, for sums in another order; gradients that",
+        "travel in 16 bits have their own.",
         "",
     ]
     for model in MODELS:
