@@ -199,8 +199,8 @@ class TrainConfig:
         _check("threads_per_rank", threads is None or threads >= 1, "at least 1", threads)
         _check(
             "world_size",
-            self.world_size == 1 or self.parallel is None,
-            "left out where 'parallel' says how many ranks there are",
+            self.parallel is None or self.world_size in (1, self.parallel.world_size),
+            f"left out where 'parallel' says how many ranks there are ({self.plan.world_size})",
             self.world_size,
         )
         self.plan.check_batch(

@@ -79,6 +79,14 @@ class TrainLoop:
 
     def run(self) -> bool:
         """Trains to the last step and exports the model; `False` when the ranks leave at a checkpoint before."""
+        try:
+            return self._run()
+        finally:
+            # A thread that still reads when the interpreter ends is torn out of foreign code, which aborts the process.
+            if self._batches is not None:
+                self._batches.close()
+
+    def _run(self) -> bool:
         config = self.plan.config
         checkpoint = self._resume()
         step = checkpoint.step if checkpoint else 0

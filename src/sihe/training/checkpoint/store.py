@@ -110,6 +110,7 @@ class Checkpoints:
         self._buffers = HostBuffers()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._writing: Future[CheckpointSaved] | None = None
+        self._reserving: Future[dict[str, Tensor]] | None = None
         self._saved: list[CheckpointSaved] = []
 
     def steps(self) -> list[int]:
@@ -122,7 +123,7 @@ class Checkpoints:
     def reserve(self, model: nn.Module, optimizer: Optimizer, more: Mapping[str, Tensor] | None = None) -> None:
         """Makes the buffers in the background, so that the first `save` is as quick as the later ones."""
         if self._writer is not None:
-            self._writer.submit(self._buffers.copy, _contents(model, optimizer.state_tensors(), more))
+            self._reserving = self._writer.submit(self._buffers.copy, _contents(model, optimizer.state_tensors(), more))
 
     def save(
         self,
@@ -144,6 +145,9 @@ class Checkpoints:
         for which it waits. What was there stays, and nothing is half there.
         """
         self.finish()
+        if self._reserving is not None:
+            self._reserving.result()  # two at once would copy into the same buffers
+            self._reserving = None
         tensors = _contents(model, optimizer.state_tensors(), more)
         plain = json.loads(json.dumps({"state": state or {}, "extras": extras}))
         if self._writer is None:
