@@ -74,8 +74,8 @@ class PowerSum:
     """PowerSGD (Vogels et al. 2019, arXiv 1905.13727, algorithm 1): each matrix is sent as a product of rank R.
 
     What the approximation leaves out is added to the next step's gradient (error feedback), so that it is late and not
-    lost. The right factor of one step is the starting point of the next. Vectors, and matrices that would not get
-    smaller, are sent as they are.
+    lost. The right factor of one step is the starting point of the next. Neither is in a checkpoint: a resumed run
+    starts them anew. Vectors, and matrices that would not get smaller, are sent as they are.
     """
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
@@ -108,13 +108,6 @@ class PowerSum:
             state.right_NR.copy_(right / replicas)
             torch.mm(left, right.T, out=grad_MN)
         return _Done()
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What the next step needs, in the order of the parameters: right factors, and this rank's errors."""
-        tensors: dict[str, Tensor] = {}
-        for number, state in enumerate(self._states.values()):
-            tensors |= {f"right.{number}": state.right_NR, f"error.{number}": state.error_MN}
-        return tensors
 
     def _sum(self, tensors: list[Tensor]) -> None:
         if not tensors:
