@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,20 @@ import torch
 
 from sihe.cli.rollout import EngineRollout, open_engine_rollout
 from sihe.models.checkpoint import load_model
+from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.training.ranks import Ranks
+from sihe.training.recipes.arithmetic import END, Arithmetic, arithmetic_chat
+from sihe.training.recipes.config import GrpoStage, Update
 from sihe.training.recipes.errors import WeightSyncFailed
+from sihe.training.recipes.grpo import GrpoObjective
+from sihe.training.recipes.lesson import Lesson
 from sihe.training.recipes.logprobs import next_token_logprobs
+from sihe.training.recipes.loop import StageLoop
 from sihe.training.recipes.sampling import sample_completions
 from sihe.training.recipes.sequences import joined
-from sihe.training.recipes.stages import Stages
-from sihe.training.recipes.types import Completion, Measured, RecipeEvent, Sampling
+from sihe.training.recipes.stages import Stages, write_model
+from sihe.training.recipes.types import Completion, Measured, RecipeEvent, Sampling, Terms
 from sihe.training.recipes.weight_sync import SyncState, Timeouts
 from support.tiny_models import tiny_model
 from support.tiny_recipes import tiny_recipe
@@ -126,6 +134,32 @@ def test_a_dead_engine_is_named(rollout: EngineRollout, folder: Path) -> None:
     rollout._engine.close(drain=False)
     with pytest.raises(WeightSyncFailed, match="EngineDead"):
         rollout.load(other_policy(folder), 1)
+
+
+def test_every_round_of_grpo_begins_on_policy_with_the_engine(folder: Path) -> None:
+    """What the engine says of its tokens is what the trainer computes with the weights of that very round."""
+    config = tiny_recipe()
+    policy = Decoder(ModelConfig(vocab_size=17, eos_token_id=END, **config.model.resolved(24)))
+    write_model(policy, folder)
+    update = Update(steps=6, batch=16, peak_lr=0.05, warmup_steps=0)
+    stage = GrpoStage(update, group=4, epochs=2, max_tokens=3, clip_low=1e-3, clip_high=1e-3, rollout="engine")
+    lesson = Lesson(arithmetic_chat(), Arithmetic(config.task, seed=0), Ranks(), context=24, seed=0)
+    rollout = open_engine_rollout(stage, folder)
+    loop = StageLoop("grpo", Restless(policy, rollout, lesson, stage), update, Ranks())
+    metrics = [loop.step(step) for step in range(update.steps)]
+    rollout.close()
+    assert [step["staleness"] for step in metrics] == [0] * 6
+    assert [step["clipped"] for step in metrics[::2]] == [0, 0, 0]
+    assert all(step["clipped"] > 0.5 for step in metrics[1::2])
+
+
+class Restless(GrpoObjective):
+    """Moves the policy far in every step: rewards alone, all zero in an untrained policy, would not move it."""
+
+    def terms(self, step: int) -> Terms:
+        terms = super().terms(step)
+        tokens = torch.tensor([[2, 5, 6, 3, 7, 8]])
+        return replace(terms, loss=terms.loss - terms.weight * next_token_logprobs(self.module, tokens).mean())
 
 
 def test_grpo_with_the_engine(tmp_path: Path) -> None:

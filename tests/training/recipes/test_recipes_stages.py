@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sihe.models.decoder import Decoder
 from sihe.models.quantised import dequantise, quantise
 from sihe.training.errors import Diverged
 from sihe.training.ranks import Ranks
-from sihe.training.recipes.arithmetic import END, Arithmetic, arithmetic_chat
+from sihe.training.recipes.arithmetic import END, Arithmetic, Problem, arithmetic_chat
 from sihe.training.recipes.config import (
     DistilStage,
     GrpoStage,
@@ -163,8 +164,41 @@ def test_grpo_learns_from_what_differs_within_a_group() -> None:
     objective = GrpoObjective(policy, LocalRollout(policy, end=END), small_lesson(), stage)
     terms = objective.terms(0)
     assert terms.metrics["reward"] == 0  # an untrained policy is never right: all groups are level
+    assert terms.metrics["level_prompts"] == terms.weight
     assert gradients(policy, [terms])
     assert all(not grad.any() for grad in gradients(policy, [objective.terms(1)]))
+
+
+@dataclass(frozen=True)
+class Bandit(Problem):
+    """Right is whatever begins with a 7."""
+
+    def is_right(self, answer: str) -> bool:
+        return answer.startswith("7")
+
+
+class Bandits(Arithmetic):
+    """The same questions, judged as bandits."""
+
+    def draw(self, step: int, count: int) -> list[Problem]:
+        return [Bandit(problem.a, problem.b) for problem in super().draw(step, count)]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_grpo_brings_a_bandit_to_its_arm(scaled: bool) -> None:
+    """Sign, mask and behaviour's log-probabilities at once: with one of them wrong another arm wins, or none."""
+    update = Update(steps=40, batch=128, peak_lr=1e-2, warmup_steps=0)
+    stage = GrpoStage(update, group=16, epochs=2, kl_coefficient=0.0, scaled=scaled, max_tokens=1)
+    lesson = Lesson(arithmetic_chat(), Bandits(CONFIG.task, seed=0), Ranks(), context=24, seed=0)
+    policy = small_policy()
+    objective = GrpoObjective(policy, LocalRollout(policy, end=END), lesson, stage)
+    loop = StageLoop("grpo", objective, update, Ranks())
+    metrics = [loop.step(step) for step in range(update.steps)]
+    assert metrics[0]["reward"] < 0.2
+    assert metrics[-1]["reward"] > 0.95
+    # the policy has not moved since it sampled in the first step of a round, and has in the second
+    assert all(metrics[step]["clipped"] == 0 for step in range(0, update.steps, 2))
+    assert any(metrics[step]["clipped"] > 0 for step in range(1, update.steps, 2))
 
 
 class Unwilling:

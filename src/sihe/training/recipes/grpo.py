@@ -71,8 +71,12 @@ class GrpoObjective:
         k3_BT = losses.kl_k3(logps_BT, seen.reference)
         loss = ((policy_BT + stage.kl_coefficient * k3_BT) * mask_BT).sum()
         weight = float(mask_BT.sum())
+        ratio_BT = (logps_BT.detach() - seen.behaviour).exp()
+        left_BT = (ratio_BT < 1 - stage.clip_low) | (ratio_BT > 1 + stage.clip_high)
         metrics = {name: value * weight for name, value in seen.metrics.items()}
-        return Terms(loss, weight, {**metrics, "kl": float((k3_BT.detach() * mask_BT).sum())})
+        metrics["kl"] = float((k3_BT.detach() * mask_BT).sum())
+        metrics["clipped"] = float((left_BT * mask_BT).sum())
+        return Terms(loss, weight, metrics)
 
     @torch.no_grad()
     def measure(self) -> Mapping[str, float]:
@@ -105,6 +109,8 @@ class GrpoObjective:
             metrics={
                 "reward": float(rewards_PG.mean()),
                 "solved_prompts": float((rewards_PG.mean(1) == 1).float().mean()),
+                # groups that teach nothing: every completion did as well as the others
+                "level_prompts": float((rewards_PG.std(1) == 0).float().mean()),
                 "staleness": number - sum(completion.version for completion in kept) / len(kept),
                 "dropped": 1 - len(kept) / len(completions),
             },
