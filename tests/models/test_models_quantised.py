@@ -17,6 +17,7 @@ from sihe.models.decoder import Decoder
 from sihe.models.errors import CheckpointMismatch
 from sihe.models.lora import apply_lora
 from sihe.models.lora_config import TARGETS, LoraConfig
+from sihe.models.products import Linear
 from sihe.models.quantised import NF4_LEVELS, QuantisedLinear, Scheme, dequantise, memory_bytes, quantise
 from sihe.models.quantised_files import QUANTISED_WEIGHTS, load_quantised, save_quantised
 
@@ -145,7 +146,7 @@ def test_a_quantised_model_computes_with_the_decoded_weights(
     assert not any(weight.requires_grad for weight in model.parameters())
     coded = [name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)]
     assert len(coded) == 8
-    assert type(model.head) is torch.nn.Linear
+    assert type(model.head) is Linear
     got = model(tokens)
     limit = {"int8": 0.03, "int4": 0.4, "nf4": 0.4}[scheme]
     assert 0 < float((got - exact).norm() / exact.norm()) < limit

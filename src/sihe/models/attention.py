@@ -18,6 +18,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.norm import RMSNorm
 from sihe.models.places import Places
 from sihe.models.ports import Attend
+from sihe.models.products import Linear, factor_dtype
 from sihe.models.score_bias import AlibiBias, RelativeBias, ScoreBias
 
 
@@ -31,10 +32,10 @@ class Attention(nn.Module):
         self.group = config.num_heads // config.num_kv_heads
         self.head_dim = config.head_dim
         rows = config.num_kv_heads * (self.group + 2) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=shape.qkv_bias)
+        self.qkv = Linear(config.hidden_size, rows, bias=shape.qkv_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if shape.qk_norm else None
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=shape.out_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=shape.out_bias)
         self.mix = Mixing(config, layer)
 
     def forward(self, x_BTD: Tensor, places: Places, attend: Attend | None = None) -> Tensor:
@@ -92,9 +93,9 @@ def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | Non
     `mask`, [B or 1, N or 1, T, S], is True where a key is seen, or what is added to its score, and then is all there
     is; without one each position is over those up to itself, if `causal`.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    q, k, v = (x.transpose(1, 2).to(factor_dtype(x)) for x in (q_BTNH, k_BTKH, v_BTKH))
     grouped = q.shape[1] != k.shape[1]
     mixed = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
     )
-    return mixed.transpose(1, 2)
+    return mixed.to(q_BTNH.dtype).transpose(1, 2)

@@ -9,13 +9,14 @@ is `training`'s.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sihe.core.errors import ConfigError
 from sihe.models.config import ModelConfig
 from sihe.models.loss import cross_entropy
 from sihe.models.moe import balance_loss
 from sihe.models.ports import Attend
+from sihe.models.products import Linear, linear
 from sihe.models.transformer import Transformer
 
 
@@ -29,7 +30,7 @@ class Decoder(Transformer):
         super().__init__(config)
         if config.task != "next_token":
             raise ConfigError(f"a decoder's task is 'next_token', got {config.task!r}: use an Encoder", key="task")
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.initialise()
 
     @property
@@ -39,7 +40,7 @@ class Decoder(Transformer):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., D] hidden states → [..., V] logits, in the dtype of the weights."""
-        return nn.functional.linear(x, self.head_weight)
+        return linear(x, self.head_weight)
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from sihe.models.loss import cross_entropy
 from sihe.models.mlp import activation
 from sihe.models.moe import balance_loss
 from sihe.models.norm import norm
+from sihe.models.products import Linear, linear
 from sihe.models.transformer import Transformer
 
 
@@ -31,14 +32,14 @@ class Encoder(Transformer):
         if config.task == "next_token":
             raise ConfigError("an encoder's task is 'masked_token' or 'pooled', got 'next_token'", key="task")
         width, masked = config.hidden_size, config.task == "masked_token"
-        self.head = nn.Linear(width, config.vocab_size, bias=False) if masked and not config.tie_embeddings else None
+        self.head = Linear(width, config.vocab_size, bias=False) if masked and not config.tie_embeddings else None
         self.masked = MaskedHead(config) if masked else None
-        self.pooler = None if masked else nn.Linear(width, width)
+        self.pooler = None if masked else Linear(width, width)
         self.initialise()
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., D] hidden states → [..., V] logits. Raises `ConfigError` for another task than `masked_token`."""
-        return nn.functional.linear(self._masked(x), self._head_weight, self._masked.bias)
+        return linear(self._masked(x), self._head_weight, self._masked.bias)
 
     def forward(
         self, tokens_BT: Tensor, *, documents_BT: Tensor | None = None, types_BT: Tensor | None = None
@@ -82,7 +83,7 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.activation = activation(config.layers.activation)
         self.norm = norm(config)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))

@@ -17,6 +17,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.norm import RMSNorm
 from sihe.models.places import Places
 from sihe.models.ports import Attend
+from sihe.models.products import Linear
 
 _NORM_EPS = 1e-6  # of DeepSeek's own code, whatever the eps of the other norms
 
@@ -36,13 +37,13 @@ class LatentAttention(nn.Module):
         self.rotary_dim = latent.rotary_dim
         self.content_dim = config.head_dim - latent.rotary_dim
         self.value_dim = latent.value_dim
-        self.q_down = nn.Linear(hidden, latent.q_rank, bias=False) if latent.q_rank else None
+        self.q_down = Linear(hidden, latent.q_rank, bias=False) if latent.q_rank else None
         self.q_norm = RMSNorm(latent.q_rank, _NORM_EPS) if latent.q_rank else None
-        self.q_up = nn.Linear(latent.q_rank or hidden, heads * config.head_dim, bias=False)
-        self.kv_down = nn.Linear(hidden, latent.kv_rank + latent.rotary_dim, bias=False)
+        self.q_up = Linear(latent.q_rank or hidden, heads * config.head_dim, bias=False)
+        self.kv_down = Linear(hidden, latent.kv_rank + latent.rotary_dim, bias=False)
         self.kv_norm = RMSNorm(latent.kv_rank, _NORM_EPS)
-        self.kv_up = nn.Linear(latent.kv_rank, heads * (self.content_dim + latent.value_dim), bias=False)
-        self.out = nn.Linear(heads * latent.value_dim, hidden, bias=False)
+        self.kv_up = Linear(latent.kv_rank, heads * (self.content_dim + latent.value_dim), bias=False)
+        self.out = Linear(heads * latent.value_dim, hidden, bias=False)
         self.mix = Mixing(config, layer)
 
     def forward(self, x_BTD: Tensor, places: Places, attend: Attend | None = None) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sihe.models.products import add_product, factor_dtype
+
 _CHUNK = 512  # tokens: 512 x 8192 float32 logits are 16 MB
 
 
@@ -23,6 +25,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
         wants_x, wants_head, _ = ctx.needs_input_grad
+        ctx.x_dtype, ctx.head_dtype = x_MD.dtype, head_VD.dtype
+        exact = factor_dtype(x_MD)
+        x_MD, head_VD = x_MD.to(exact), head_VD.to(exact)
         dx_MD = torch.empty_like(x_MD) if wants_x else None
         dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         total = torch.zeros((), dtype=torch.float32, device=x_MD.device)
@@ -40,30 +45,21 @@ class _FusedCrossEntropy(torch.autograd.Function):
             dlogits_CV.scatter_add_(1, target_C1, torch.full_like(nll_C.unsqueeze(1), -1.0))
             if not counted_C.all():
                 dlogits_CV *= counted_C.unsqueeze(1)
-            dlogits_CV = dlogits_CV.to(x_MD.dtype)
+            dlogits_CV = dlogits_CV.to(exact)
             if dx_MD is not None:
                 torch.mm(dlogits_CV, head_VD, out=dx_MD[chunk])
             if dhead_VD is not None:
-                _accumulate(dhead_VD, dlogits_CV.T, x_CD)
+                add_product(dhead_VD, dlogits_CV.T, x_CD)
         ctx.save_for_backward(dx_MD, dhead_VD)
-        ctx.head_dtype = head_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dx_MD, dhead_VD = ctx.saved_tensors
         (scale,) = grads
-        dx = None if dx_MD is None else dx_MD * scale.to(dx_MD.dtype)
+        dx = None if dx_MD is None else (dx_MD * scale.to(dx_MD.dtype)).to(ctx.x_dtype)
         dhead = None if dhead_VD is None else (dhead_VD * scale).to(ctx.head_dtype)
         return dx, dhead, None
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, the sum in float32 whatever the factors are."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def cross_entropy(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:

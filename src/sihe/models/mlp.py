@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from sihe.models.architecture import Activation
 from sihe.models.config import ModelConfig
+from sihe.models.products import Linear, linear
 
 
 class GateUp(nn.Module):
@@ -23,7 +24,7 @@ class GateUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., gate | up]."""
-        return nn.functional.linear(x, self.weight.flatten(0, 1))
+        return linear(x, self.weight.flatten(0, 1))
 
 
 class GatedMLP(nn.Module):
@@ -33,7 +34,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         width = intermediate_size or config.intermediate_size
         self.gate_up = GateUp(config.hidden_size, width)
-        self.down = nn.Linear(width, config.hidden_size, bias=False)
+        self.down = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -47,8 +48,8 @@ class PlainMLP(nn.Module):
         super().__init__()
         bias = config.layers.mlp_bias
         self.activation = activation(config.layers.activation)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""

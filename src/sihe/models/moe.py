@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from sihe.models.config import ModelConfig
 from sihe.models.mlp import GatedMLP, swiglu
 from sihe.models.ports import Exchange
+from sihe.models.products import factor_dtype
 
 _BIAS_STEP = 1e-3  # Wang et al. 2024, section 4.2: the best of those they tried
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -181,28 +182,32 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x_RI, weight_EOI)
         ctx.counts = counts
-        y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+        exact = factor_dtype(x_RI)
+        y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1], dtype=exact)
         for weight_OI, x, y in zip(
             weight_EOI, torch.split(x_RI, list(counts)), torch.split(y_RO, list(counts)), strict=True
         ):
-            torch.mm(x, weight_OI.T, out=y)
-        return y_RO
+            torch.mm(x.to(exact), weight_OI.to(exact).T, out=y)
+        return y_RO.to(x_RI.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RI, weight_EOI = ctx.saved_tensors
-        dx_RI = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
-        dweight_EOI = torch.empty_like(weight_EOI) if ctx.needs_input_grad[1] else None
+        exact = factor_dtype(x_RI)
+        grad_RO = grad_RO.to(exact)
+        dx_RI = torch.empty_like(x_RI, dtype=exact) if ctx.needs_input_grad[0] else None
+        dweight_EOI = torch.empty_like(weight_EOI, dtype=exact) if ctx.needs_input_grad[1] else None
         start = 0
         for expert, count in enumerate(ctx.counts):
             rows = slice(start, start + count)
             start += count
             if dx_RI is not None:
-                torch.mm(grad_RO[rows], weight_EOI[expert], out=dx_RI[rows])
+                torch.mm(grad_RO[rows], weight_EOI[expert].to(exact), out=dx_RI[rows])
             if dweight_EOI is not None:
-                torch.mm(grad_RO[rows].T, x_RI[rows], out=dweight_EOI[expert])
-        return dx_RI, dweight_EOI, None
+                torch.mm(grad_RO[rows].T, x_RI[rows].to(exact), out=dweight_EOI[expert])
+        dx = None if dx_RI is None else dx_RI.to(x_RI.dtype)
+        return dx, None if dweight_EOI is None else dweight_EOI.to(weight_EOI.dtype), None
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sihe.core.errors import ConfigError, InvalidInput
+from sihe.models import products
 from sihe.models.decoder import Decoder
 from sihe.models.mlp import GateUp
 
@@ -99,12 +100,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantisedLinear) -> Tensor:
         ctx.linear = linear
-        return functional.linear(x, linear.dequantised(x.dtype))
+        return products.linear(x, linear.dequantised(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.linear.dequantised(grad.dtype), None
+        return products.linear(grad, ctx.linear.dequantised(grad.dtype).T), None
 
 
 def quantise(model: Decoder, scheme: Scheme, skip: tuple[str, ...] = SKIP) -> None:
@@ -136,7 +137,7 @@ def dequantise(model: Decoder, dtype: torch.dtype = torch.float32) -> None:
             if len(coded.shape) == 3:
                 plain = GateUp(coded.shape[2], coded.shape[1])
             else:
-                plain = nn.Linear(coded.shape[1], coded.shape[0], bias=False)
+                plain = products.Linear(coded.shape[1], coded.shape[0], bias=False)
                 plain.register_parameter("bias", coded.bias)
         plain.register_parameter(
             "weight", nn.Parameter(coded.dequantised(dtype).view(coded.shape), requires_grad=False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from sihe.core.errors import ConfigError
+from sihe.models.products import factor_dtype
 
 if TYPE_CHECKING:
     from sihe.training.parallel.mesh import Axis
@@ -78,12 +79,12 @@ class ContextAttention:
 
 def _causal_end(q_BCNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
     """Causal attention of queries that are the last ones of the sequence: [B, C, N, H]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BCNH, k_BTKH, v_BTKH))
+    q, k, v = (x.transpose(1, 2).to(factor_dtype(x)) for x in (q_BCNH, k_BTKH, v_BTKH))
     grouped = q.shape[1] != k.shape[1]
     # A mask that kernels which know it never write down; where there is none it is C x T.
     mask = causal_lower_right(q.shape[2], k.shape[2])
     o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return o.transpose(1, 2)
+    return o.to(q_BCNH.dtype).transpose(1, 2)
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sihe.core.errors import ConfigError
+from sihe.models.products import add_product, factor_dtype
 from sihe.training.parallel.held import Cut
 from sihe.training.parallel.tensor import gather_sequence, sum_to_shares
 
@@ -82,6 +83,9 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_WD: Tensor, targets_M: Tensor, axis: Axis) -> Tensor:
         wants_gradients = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.x_dtype, ctx.head_dtype = x_MD.dtype, head_WD.dtype
+        exact = factor_dtype(x_MD)
+        x_MD, head_WD = x_MD.to(exact), head_WD.to(exact)
         dx_MD = torch.empty_like(x_MD)
         dhead_WD = torch.zeros_like(head_WD, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x_MD.device)
@@ -91,19 +95,19 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
             nll, dlogits_CW = _chunk_loss(logits_CW, targets_M[chunk], axis)
             total += nll
             if wants_gradients:
-                dlogits_CW = dlogits_CW.to(x_MD.dtype)
+                dlogits_CW = dlogits_CW.to(exact)
                 torch.mm(dlogits_CW, head_WD, out=dx_MD[chunk])
-                _accumulate(dhead_WD, dlogits_CW.T, x_MD[chunk])
+                add_product(dhead_WD, dlogits_CW.T, x_MD[chunk])
         if wants_gradients:
             ctx.save_for_backward(dx_MD, dhead_WD)
-            ctx.head_dtype = head_WD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx_MD, dhead_WD = ctx.saved_tensors
         (scale,) = grads
-        return dx_MD * scale.to(dx_MD.dtype), (dhead_WD * scale).to(ctx.head_dtype), None, None
+        dx_MD = (dx_MD * scale.to(dx_MD.dtype)).to(ctx.x_dtype)
+        return dx_MD, (dhead_WD * scale).to(ctx.head_dtype), None, None
 
 
 def _chunk_loss(logits_CW: Tensor, targets_C: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -125,11 +129,3 @@ def _chunk_loss(logits_CW: Tensor, targets_C: Tensor, axis: Axis) -> tuple[Tenso
     p_CW *= (is_counted_C / sum_exp_C).unsqueeze(1)
     p_CW.scatter_add_(1, row_C1, -(is_here_C1.to(p_CW.dtype)))
     return nll, p_CW
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, the sum in float32 whatever the factors are."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from sihe.models.products import add_product, factor_dtype, linear
+
 if TYPE_CHECKING:
     from sihe.models.decoder import Decoder
 
@@ -27,11 +29,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, chunk: int) -> Tensor:
+        exact = factor_dtype(x_MD)
+        factors_VD = head_VD.to(exact)
         logps_M = torch.empty(len(targets_M), dtype=torch.float32, device=x_MD.device)
         normalisers_M = torch.empty_like(logps_M)
         for start in range(0, len(targets_M), chunk):
             part = slice(start, start + chunk)
-            logits_CV = (x_MD[part] @ head_VD.T).float()
+            logits_CV = (x_MD[part].to(exact) @ factors_VD.T).float()
             normalisers_M[part] = logits_CV.logsumexp(1)
             logps_M[part] = logits_CV.gather(1, targets_M[part, None])[:, 0] - normalisers_M[part]
         ctx.save_for_backward(x_MD, head_VD, targets_M, normalisers_M)
@@ -42,6 +46,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MD, head_VD, targets_M, normalisers_M = ctx.saved_tensors
+        x_dtype, head_dtype, exact = x_MD.dtype, head_VD.dtype, factor_dtype(x_MD)
+        x_MD, head_VD = x_MD.to(exact), head_VD.to(exact)
         wants_x, wants_head = ctx.needs_input_grad[:2]
         dx_MD = torch.empty_like(x_MD) if wants_x else None
         dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
@@ -52,12 +58,13 @@ class _TokenLogprobs(torch.autograd.Function):
             dlogits_CV = (x_CD @ head_VD.T).float().sub_(normalisers_M[part, None]).exp_()
             dlogits_CV.mul_(-grad_M[part, None])
             dlogits_CV.scatter_add_(1, targets_M[part, None], grad_M[part, None])
-            dlogits_CV = dlogits_CV.to(x_MD.dtype)
+            dlogits_CV = dlogits_CV.to(exact)
             if dx_MD is not None:
-                dx_MD[part] = dlogits_CV @ head_VD
+                torch.mm(dlogits_CV, head_VD, out=dx_MD[part])
             if dhead_VD is not None:
-                dhead_VD += dlogits_CV.T @ x_CD
-        return dx_MD, None if dhead_VD is None else dhead_VD.to(head_VD.dtype), None, None
+                add_product(dhead_VD, dlogits_CV.T, x_CD)
+        dx = None if dx_MD is None else dx_MD.to(x_dtype)
+        return dx, None if dhead_VD is None else dhead_VD.to(head_dtype), None, None
 
 
 def token_logprobs(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, *, chunk: int = _CHUNK) -> Tensor:
@@ -84,7 +91,7 @@ def chunked_divergence(
     student_MD, teacher_MD = student_BTD.flatten(0, 1), teacher_BTD.flatten(0, 1)
 
     def of_chunk(student_CD: Tensor, head_VD: Tensor, teacher_CD: Tensor) -> Tensor:
-        return divergence(student_CD @ head_VD.T, teacher_CD @ teacher_head_VD.T)
+        return divergence(linear(student_CD, head_VD), linear(teacher_CD, teacher_head_VD))
 
     parts = [
         checkpoint(of_chunk, student_CD, student_head_VD, teacher_CD, use_reentrant=False)
