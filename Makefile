@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check unit slow matrix chaos bench peers test-ray pin reference clean
+.PHONY: help demo test check unit slow matrix chaos recipes bench peers test-ray pin reference clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ matrix: $(READY)  ## every plan of parallelism on 2, 4 and 8 processes against o
 
 chaos: $(READY)  ## training under accidents at random moments: make chaos CHAOS_MOMENTS=20
 	CHAOS_MOMENTS=$(or $(CHAOS_MOMENTS),3) $(BIN)/python -m pytest -m slow tests/training/test_training_chaos.py
+
+recipes: $(READY)  ## every post-training recipe on three seeds; writes docs/reference/recipes.md
+	$(BIN)/python -m benchmarks.training.recipes --page docs/reference/recipes.md
 
 bench: $(READY)  ## measure claims: make bench ROOM=training
 	$(BIN)/python -m benchmarks.run $(ROOM)

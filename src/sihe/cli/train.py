@@ -53,13 +53,17 @@ def run_recipe(
             "before": result.curve(config.metric)[0][1],
             "after": result.curve(config.metric)[-1][1],
             "moved": has_moved(config, result),
+            "seconds": round(result.seconds, 1),
             "model": f"{result.model_version.name}@{result.model_version.version}",
             "run": result.run_id,
         }
         for result in results
     ]
-    terminal.emit({"report": path, "seeds": rows} if as_json else rows, as_json=as_json)
-    if not as_json:
+    if as_json:
+        curves = [row | {"curve": result.curve(config.metric)} for row, result in zip(rows, results, strict=True)]
+        terminal.emit({"report": path, "seeds": curves}, as_json=True)
+    else:
+        terminal.emit(rows, as_json=False)
         terminal.emit({"report": path}, as_json=False)
 
 

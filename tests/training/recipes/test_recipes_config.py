@@ -17,7 +17,7 @@ from support.tiny_recipes import MODEL, SFT, UPDATE, tiny_recipe
 def test_every_recipe_that_ships_comes_back_from_its_own_settings(name: str) -> None:
     recipe = load_recipe(name)
     assert RecipeConfig.from_mapping(recipe.public()) == recipe
-    assert len(recipe_names()) >= 7
+    assert len(recipe_names()) >= 9
 
 
 def test_settings_of_a_stage_go_by_its_number() -> None:

@@ -22,9 +22,11 @@ from sihe.training.recipes.config import (
     GrpoStage,
     PpoStage,
     PreferenceStage,
+    PretrainStage,
     RecipeConfig,
     RewardStage,
     SftStage,
+    TaskConfig,
     Update,
 )
 from sihe.training.recipes.distil import DistilObjective
@@ -35,6 +37,7 @@ from sihe.training.recipes.lesson import Lesson
 from sihe.training.recipes.loop import StageLoop
 from sihe.training.recipes.ppo import PpoObjective
 from sihe.training.recipes.preference import PreferenceObjective
+from sihe.training.recipes.pretrain import PretrainObjective
 from sihe.training.recipes.reward import RewardObjective
 from sihe.training.recipes.sampling import LocalRollout
 from sihe.training.recipes.sft import SftObjective
@@ -67,12 +70,14 @@ def gradients(module: nn.Module, terms: list[Terms]) -> list[Tensor]:
     return [w.grad / weight for w in module.parameters() if w.grad is not None]
 
 
-@pytest.mark.parametrize("loss", ["sft", "reward", "dpo", "ipo", "orpo", "distil"])
+@pytest.mark.parametrize("loss", ["pretrain", "sft", "reward", "dpo", "ipo", "orpo", "distil"])
 def test_two_ranks_have_the_gradient_of_one(loss: str) -> None:
     """Each rank's part is computed by itself: what a sum over ranks would add up is added up here."""
 
     def objective(lesson: Lesson) -> Any:
         policy = small_policy()
+        if loss == "pretrain":
+            return PretrainObjective(policy, lesson, PretrainStage(STEPS))
         if loss == "sft":
             return SftObjective(policy, lesson, SftStage(STEPS))
         if loss == "reward":
@@ -97,6 +102,34 @@ def test_two_ranks_have_the_gradient_of_one(loss: str) -> None:
     assert weight == whole.terms(3).weight
     for ours, theirs in zip(summed, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_pretraining_learns_every_token_of_a_document_and_nothing_of_chats() -> None:
+    lesson = small_lesson()
+    documents = lesson.documents(lesson.held_out)
+    for row, problem in enumerate(lesson.held_out):
+        learnt = documents.tokens[row][documents.mask[row].bool()].tolist()
+        assert lesson.chat.tokenizer.decode(learnt[:-1]) == problem.long
+        assert (documents.tokens[row, 0], documents.mask[row, 0], learnt[-1]) == (END, 0, END)
+        assert documents.mask[row].sum() == len(problem.long) + 1
+    update = Update(steps=250, batch=32, peak_lr=2e-2)
+    # nothing is held back that the model has to find: with all problems but one seen, it ends what it saw
+    memory = Lesson(arithmetic_chat(), Recalled(CONFIG.task, seed=0), Ranks(), context=24, seed=0)
+    objective = PretrainObjective(small_policy(), memory, PretrainStage(update))
+    before = objective.measure()
+    StageLoop("pretrain", objective, update, Ranks()).run()
+    after = objective.measure()
+    assert before["accuracy"] == 0
+    assert after["accuracy"] > 0.9
+    assert after["nll"] < before["nll"] / 2
+
+
+class Recalled(Arithmetic):
+    """Asks after what it taught."""
+
+    def __init__(self, config: TaskConfig, *, seed: int) -> None:
+        super().__init__(config, seed=seed)
+        self.held_out = self.train
 
 
 def test_a_reward_model_starts_without_an_opinion_and_leaves_the_policy_alone() -> None:
@@ -242,6 +275,7 @@ ALL = [
     {"kind": "preference", "loss": "kto"},
     {"kind": "grpo", "group": 2, "epochs": 2, "max_tokens": 3},
     {"kind": "sft", "operation": "-", "adapter": {"lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}}},
+    {"kind": "pretrain", "operation": "-"},
     {"kind": "distil", "student": {**MODEL, "hidden_size": 8}},
 ]
 
@@ -249,9 +283,8 @@ ALL = [
 def test_every_stage_after_every_other_and_the_same_again(tmp_path: Path) -> None:
     config = tiny_recipe(*ALL, checkpoint_every=2)
     events, policy = measured_by(config, tmp_path / "a")
-    assert [(event.stage[2:], event.step) for event in events] == [
-        (kind, step) for kind in ("sft", "reward", "ppo", "preference", "grpo", "sft", "distil") for step in (0, 1, 2)
-    ]
+    kinds = ("sft", "reward", "ppo", "preference", "grpo", "sft", "pretrain", "distil")
+    assert [(event.stage[2:], event.step) for event in events] == [(kind, step) for kind in kinds for step in (0, 1, 2)]
     assert policy.config.hidden_size == 8
     again, other = measured_by(config, tmp_path / "b")
     assert again == events

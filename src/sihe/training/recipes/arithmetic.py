@@ -11,15 +11,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from sihe.core.files import write_file
 from sihe.training.recipes.chat import ChatTokenizer, Message
-from sihe.training.recipes.config import TaskConfig
+from sihe.training.recipes.config import Operation, TaskConfig
 
-Operation = Literal["+", "-"]
 PAD, END, USER, ASSISTANT = 0, 1, 2, 3
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 _CHARACTERS = "0123456789+-="

@@ -20,6 +20,7 @@ PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo"]
 Divergence = Literal["forward", "reverse"]
 Quantisation = Literal["none", "int8", "int4", "nf4"]
 RolloutKind = Literal["local", "engine"]
+Operation = Literal["+", "-"]
 _Value = TypeVar("_Value")
 
 
@@ -81,15 +82,26 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class SftStage:
-    """Supervised fine-tuning on right answers. The first one starts from random weights."""
+class PretrainStage:
+    """The likelihood of plain text: right equations, without the form of a chat."""
 
     update: Update
-    operation: Literal["+", "-"] = "+"
+    operation: Operation = "+"
+
+    def __post_init__(self) -> None:
+        _check("operation", self.operation in get_args(Operation), "'+' or '-'", self.operation)
+
+
+@dataclass(frozen=True)
+class SftStage:
+    """Supervised fine-tuning on right answers. As a recipe's first stage it starts from random weights."""
+
+    update: Update
+    operation: Operation = "+"
     adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
-        _check("operation", self.operation in ("+", "-"), "'+' or '-'", self.operation)
+        _check("operation", self.operation in get_args(Operation), "'+' or '-'", self.operation)
 
 
 @dataclass(frozen=True)
@@ -198,8 +210,9 @@ class DistilStage:
         _check("temperature", self.temperature > 0, "positive", self.temperature)
 
 
-Stage = SftStage | RewardStage | PreferenceStage | PpoStage | GrpoStage | DistilStage
+Stage = PretrainStage | SftStage | RewardStage | PreferenceStage | PpoStage | GrpoStage | DistilStage
 _KINDS: dict[str, type[Stage]] = {
+    "pretrain": PretrainStage,
     "sft": SftStage,
     "reward": RewardStage,
     "preference": PreferenceStage,
@@ -237,14 +250,15 @@ class RecipeConfig:
         _check("seed", self.seed >= 0, "not negative", self.seed)
         _check("stages", len(self.stages) >= 1, "at least one stage", self.stages)
         first = self.stages[0]
-        _check("stages.0.kind", isinstance(first, SftStage), "sft: it trains the base model", kind_of(first))
+        is_base = isinstance(first, PretrainStage | SftStage)
+        _check("stages.0.kind", is_base, "pretrain or sft: it trains the base model", kind_of(first))
         has_reward = False
         for number, stage in enumerate(self.stages):
             has_reward |= isinstance(stage, RewardStage)
             _check(
                 f"stages.{number}.kind", has_reward or not isinstance(stage, PpoStage), "after a reward stage", "ppo"
             )
-        without_adapter = isinstance(first, SftStage) and first.adapter is None
+        without_adapter = not isinstance(first, SftStage) or first.adapter is None
         _check("stages.0.adapter", without_adapter, "left out: there are no weights to freeze yet", "adapter")
 
     def public(self) -> dict[str, Any]:

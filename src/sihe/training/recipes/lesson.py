@@ -82,20 +82,26 @@ class Lesson:
         """Each question, up to where the assistant speaks."""
         return [self._prompt(problem) for problem in problems]
 
+    def documents(self, problems: Sequence[Problem]) -> Padded:
+        """Each problem as an equation between two end tokens: every token but the first counts."""
+        texts = [(END, *self._ids(problem.long), END)[: self._context] for problem in problems]
+        return padded([MaskedTokens(text, (False,) + (True,) * (len(text) - 1)) for text in texts])
+
     def text(self, completion: Completion) -> str:
         """What was said. One that was cut off keeps a mark that no answer holds, and is right in no style."""
         ended = completion.token_ids[-1:] == (END,)
         said: str = self.chat.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
         return said if ended else said + "…"
 
-    def examine(self, policy: Decoder, *, temperature: float = 1.0) -> Examined:
+    def examine(self, policy: Decoder, *, temperature: float = 1.0, is_chat: bool = True) -> Examined:
         """Answers to the held-out problems, eight of each, or the greedy one at temperature 0.
 
+        Without `is_chat` the question is an equation to be ended, for a model that knows documents only.
         The random numbers are the same at every call, so that two policies differ by their weights.
         """
         asked = tuple(self.held_out) * (_JUDGED_SAMPLES if temperature > 0 else 1)
         sampling = Sampling(_JUDGED_TOKENS, temperature)
-        prompts = self.prompts(asked)
+        prompts = self.prompts(asked) if is_chat else [[END, *self._ids(f"{each.question}=")] for each in asked]
         return Examined(asked, prompts, sample_completions(policy, prompts, sampling, seed=self.seed, end=END))
 
     def judge(self, examined: Examined) -> dict[str, float]:
@@ -106,6 +112,10 @@ class Lesson:
             "preference": sum(problem.preference(text) for problem, text in judged) / len(judged),
             "short": sum("=" not in text for _, text in judged) / len(judged),
         }
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.chat.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _encode_once(self, problem: Problem, answer: str) -> MaskedTokens:
         return self.chat.encode(problem.conversation(answer), max_tokens=self._context)

@@ -27,6 +27,7 @@ from sihe.training.recipes.config import (
     GrpoStage,
     PpoStage,
     PreferenceStage,
+    PretrainStage,
     RecipeConfig,
     RewardStage,
     SftStage,
@@ -41,6 +42,7 @@ from sihe.training.recipes.loop import StageLoop
 from sihe.training.recipes.ports import Objective, OpenRollout, Rollout
 from sihe.training.recipes.ppo import PpoObjective
 from sihe.training.recipes.preference import PreferenceObjective
+from sihe.training.recipes.pretrain import PretrainObjective
 from sihe.training.recipes.reward import RewardObjective
 from sihe.training.recipes.sampling import LocalRollout
 from sihe.training.recipes.sft import SftObjective
@@ -106,6 +108,8 @@ class Stages:
         objective: Objective
         lesson = self._lesson(stage)
         match stage:
+            case PretrainStage():
+                objective = PretrainObjective(policy, lesson, stage)
             case SftStage():
                 objective = SftObjective(policy, lesson, stage)
                 if stage.adapter is not None:
@@ -167,7 +171,7 @@ class Stages:
 
     def _lesson(self, stage: Stage) -> Lesson:
         config = self._config
-        operation = stage.operation if isinstance(stage, SftStage) else "+"
+        operation = stage.operation if isinstance(stage, PretrainStage | SftStage) else "+"
         problems = Arithmetic(config.task, seed=config.seed, operation=operation)
         return Lesson(self._chat, problems, self._ranks, context=config.context, seed=config.seed)
 
