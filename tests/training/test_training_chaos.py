@@ -22,7 +22,7 @@ from sihe.training import layout
 from sihe.training.config import TrainConfig
 from sihe.training.recovery import RecoveryConfig
 from sihe.training.service import TrainingService
-from sihe.training.types import RunOpened, StepDone, StepsSkipped, TrainEvent
+from sihe.training.types import RunOpened, StepDone, StepRejected, StepsSkipped, TrainEvent
 from support.chaos import Moment, SabotagedLauncher, damage_newest, fill, signal_one, small_disk
 from support.tokens import make_dataset
 from support.training_runs import DoomedLauncher, series, small_config, steps_of
@@ -88,6 +88,7 @@ def test_a_nan(undisturbed: list[StepDone], dataset: Path, tmp_path: Path, numbe
         service = TrainingService(workspace, launcher=DoomedLauncher(doom, tmp_path))
         result = service.train(config_of(dataset), on_event=events.append)
     assert series(steps_of(result.folder)) == series(undisturbed)
+    assert sum(isinstance(event, StepRejected) for event in events) == 1
     assert not any(isinstance(event, StepsSkipped) for event in events)
 
 
