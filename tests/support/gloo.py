@@ -17,35 +17,59 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
 
+_LIMIT_S = 120.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["pytest", "torch.distributed.pipelining", "torch.distributed.tensor", "sihe.models.decoder", "support.gloo"]
+    [
+        *("pytest", "torch.distributed.pipelining", "torch.distributed.tensor", "support.gloo"),
+        *("sihe.models.decoder", "sihe.training.checkpoint", "sihe.training.parallel.apply"),
+    ]
 )
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = 120.0) -> list[Any]:
-    """What `function(*arguments)` returns in each rank, by rank. It must be importable, its answers picklable.
+class ForkedRanks:
+    """`function(*arguments)` in each of `world_size` ranks; it must be importable, its answers picklable.
 
-    Raises `AssertionError` with the traceback of the rank that failed first.
+    Whoever makes it ends it, by `answers` or by `kill`.
     """
-    task = pickle.dumps((function, arguments))
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
-        ranks = [
-            _CONTEXT.Process(target=_be_rank, args=(rank, world_size, f"{folder}/meeting", task, pipe, limit_s))
-            for rank, (_, pipe) in enumerate(pipes)
-        ]
+
+    def __init__(
+        self, function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = _LIMIT_S
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._deadline = monotonic() + limit_s
+        self._processes, self._pipes = [], []
+        task = pickle.dumps((function, arguments))
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            meeting = f"{self._folder.name}/meeting"
+            process = _CONTEXT.Process(target=_be_rank, args=(rank, world_size, meeting, task, theirs, limit_s))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def answers(self) -> list[Any]:
+        """What each rank returned. Raises `AssertionError` with the traceback of the rank that failed first."""
         try:
-            for process, (_, theirs) in zip(ranks, pipes, strict=True):
-                process.start()
-                theirs.close()
-            return _answers([ours for ours, _ in pipes], monotonic() + limit_s)
+            return _answers(self._pipes, self._deadline)
         finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-            for ours, _ in pipes:
-                ours.close()
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILLs every rank that is still there."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = _LIMIT_S) -> list[Any]:
+    """What `function(*arguments)` returns in each rank, by rank. Raises as `ForkedRanks.answers`."""
+    return ForkedRanks(function, world_size, *arguments, limit_s=limit_s).answers()
 
 
 def _answers(pipes: list[Connection], deadline: float) -> list[Any]:

@@ -21,7 +21,7 @@ from support.checkpoint_ranks import (
     stay_away,
     train,
 )
-from support.forked_ranks import ForkedRanks, run_ranks
+from support.forked_ranks import fork_ranks, run_ranks
 from support.sharded_states import by_rows, replicated, rows_of_columns
 
 PEER_TIMEOUT_S = 1.0
@@ -36,7 +36,7 @@ def test_killed_while_it_writes(tmp_path: Path, seed: int) -> None:
     for moment in random.Random(seed).choices(range(1, 200), k=2):  # the second continues where the first was killed
         reported.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        ranks = ForkedRanks(save_for_ever, 2, folder, by_rows)
+        ranks = fork_ranks(save_for_ever, 2, folder, by_rows)
         deadline = time.monotonic() + DEADLINE_S
         while not reported.exists():
             assert time.monotonic() < deadline, "no checkpoint came to be"
