@@ -30,7 +30,6 @@ from sihe.training.parallel.compression import bucket_sum
 from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
 from sihe.training.parallel.expert import cut_experts
 from sihe.training.parallel.held import Cut, Held
-from sihe.training.parallel.pipeline import Pipeline
 from sihe.training.parallel.plan import ParallelPlan
 from sihe.training.parallel.stage import Stage
 from sihe.training.parallel.tensor import cut_block
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from sihe.models.decoder import Decoder
     from sihe.models.recompute_config import RecomputeConfig
     from sihe.training.parallel.mesh import Axis, ParallelMesh
+    from sihe.training.parallel.pipeline import Pipeline
 
 
 class ParallelModel:
@@ -62,7 +62,11 @@ class ParallelModel:
     ) -> None:
         self.mesh = mesh
         self.plan = mesh.plan if mesh else ParallelPlan()
-        self.pipeline = Pipeline(model, mesh, dtype=dtype) if mesh is not None and self.plan.pp > 1 else None
+        self.pipeline: Pipeline | None = None
+        if mesh is not None and self.plan.pp > 1:
+            from sihe.training.parallel.pipeline import Pipeline  # half a second of imports that few runs need
+
+            self.pipeline = Pipeline(model, mesh, dtype=dtype)
         whole = range(model.config.num_layers)
         self.stages = self.pipeline.stages if self.pipeline else [Stage(model, whole, sequence_parts=self.plan.tp)]
         cuts: dict[nn.Parameter, tuple[Cut, ...]] = {}

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from sihe.core.errors import ConfigError
 from sihe.models.products import factor_dtype
@@ -79,6 +78,8 @@ class ContextAttention:
 
 def _causal_end(q_BCNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
     """Causal attention of queries that are the last ones of the sequence: [B, C, N, H]."""
+    from torch.nn.attention.bias import causal_lower_right  # half a second of imports that few runs need
+
     q, k, v = (x.transpose(1, 2).to(factor_dtype(x)) for x in (q_BCNH, k_BTKH, v_BTKH))
     grouped = q.shape[1] != k.shape[1]
     # A mask that kernels which know it never write down; where there is none it is C x T.
