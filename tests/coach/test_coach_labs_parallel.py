@@ -149,7 +149,8 @@ def test_gradients_vanish_unscaled_and_overflow_when_scaled_too_much() -> None:
     assert values["vanished-unscaled"] > 0.05 > values["vanished-best"]
     assert values["error-unscaled"] > 10 * values["error-best"]
     vanished = [row[1] for row in found.tables[0].rows]
-    assert vanished == sorted(vanished, reverse=True)
+    # A few sums cancel to 0 at one scale and not at another, which depends on the order of the processor's additions.
+    assert all(later <= before + 1e-4 for before, later in pairwise(vanished))
     assert [row[3] == "-" for row in found.tables[0].rows] == [
         row[0] <= values["largest-exponent"] for row in found.tables[0].rows
     ]
