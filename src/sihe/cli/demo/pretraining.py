@@ -16,6 +16,7 @@ BATCH, LENGTH = 8, 256
 _TARGET_S = 65.0  # how long the training should take on this machine
 _FEWEST, _MOST = 24, 120  # steps: fewer show nothing, more are not needed to show it
 _INTERVALS = 6  # checkpoints of a run
+_RESTARTS = 100  # more than anybody interrupts one walk
 
 
 def train(walk: Walk) -> Figures:
@@ -29,6 +30,8 @@ def train(walk: Walk) -> Figures:
     overrides |= {"checkpoint_every": steps // _INTERVALS, "keep_checkpoints": _INTERVALS + 1}
     overrides |= {"peak_lr": 1e-3, "warmup_steps": steps // 6}
     overrides["seed"] = walk.journal.walk  # another walk is another run
+    # An attempt that is killed together with the demo counts as a failure of the job, and calling again is no mistake.
+    overrides["max_restarts"] = _RESTARTS
     config = load_config("nano-10m", overrides)
     narrator = _Narrator(walk, steps=steps, kill_at=steps // _INTERVALS * 3 - 1)
     started = time.perf_counter()
