@@ -48,9 +48,9 @@ bench: $(READY)  ## measure claims: make bench ROOM=training
 peers: $(READY)  ## environments for the peers of a room's benchmarks: make peers ROOM=vectors
 	$(BIN)/python -m benchmarks.peers $(ROOM)
 
-test-ray: $(READY)  ## tests on Ray
+test-ray: $(READY)  ## tests on a Ray cluster of several nodes, on this machine
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
-	$(BIN)/python -m pytest -m ray; status=$$?; [ $$status -eq 5 ] && echo "no test needs Ray yet" || exit $$status
+	$(BIN)/python -m pytest -m ray
 
 pin: $(READY)  ## write the public names anew, after a deliberate change
 	$(BIN)/python tests/support/house.py

@@ -1,4 +1,4 @@
-"""The local launcher, with real processes: restarts, budgets, errors that arrive as themselves, and no orphans."""
+"""Every launcher, with real processes: restarts, budgets, errors that arrive as themselves, and no orphans."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 
 from sihe.cluster.errors import JobStopped, NotEnoughSlots, RanksLost
 from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.launchers.ray.launcher import RayLauncher
+from sihe.cluster.ports import Launcher
 from sihe.cluster.types import (
     JobEvent,
     ProcessJob,
@@ -27,9 +30,36 @@ from sihe.cluster.types import (
     WorkersChanged,
 )
 from sihe.core.errors import CorruptData, NoSpace
+from support.ray_cluster import RayNodes, ray_nodes
 from support.training_runs import python_path
 
+MakeLauncher = Callable[..., Launcher]
 AT_ONCE = RestartPolicy(max_restarts=2, first_delay_s=0)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with ray_nodes(3) as running:
+        yield running
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def where(request: pytest.FixtureRequest) -> str:
+    """Where ranks run: the address of a Ray cluster, or nothing for this machine."""
+    if request.param == "local":
+        return ""
+    cluster: RayNodes = request.getfixturevalue("nodes")
+    return cluster.address
+
+
+@pytest.fixture
+def make_launcher(where: str) -> MakeLauncher:
+    """Makes a launcher of each kind."""
+
+    def make(**settings: Any) -> Launcher:
+        return RayLauncher(address=where, **settings) if where else LocalLauncher(**settings)
+
+    return make
 
 
 def job_of(fate: str, folder: Path, world_size: int = 2, **changes: Any) -> ProcessJob:
@@ -52,10 +82,10 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_all_ranks_run_with_their_own_logs(tmp_path: Path) -> None:
+def test_all_ranks_run_with_their_own_logs(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
     ticks: list[int] = []
-    restarts = LocalLauncher().run(
+    restarts = make_launcher().run(
         job_of("ends", tmp_path), AT_ONCE, on_event=events.append, on_tick=lambda: ticks.append(1)
     )
     assert restarts == 0
@@ -68,9 +98,9 @@ def test_all_ranks_run_with_their_own_logs(tmp_path: Path) -> None:
         assert text == f"rank {rank} of 2 with 1 threads\n"
 
 
-def test_a_killed_rank_restarts_all_of_them(tmp_path: Path) -> None:
+def test_a_killed_rank_restarts_all_of_them(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
-    assert LocalLauncher().run(job_of("killed-once", tmp_path), AT_ONCE, on_event=events.append) == 1
+    assert make_launcher().run(job_of("killed-once", tmp_path), AT_ONCE, on_event=events.append) == 1
     first, failed, restarting, second = events
     assert isinstance(first, RanksStarted)
     assert isinstance(failed, RankFailed)
@@ -81,58 +111,58 @@ def test_a_killed_rank_restarts_all_of_them(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in (*first.pids, *second.pids))
 
 
-def test_a_restart_meets_on_a_fresh_store(tmp_path: Path) -> None:
-    assert LocalLauncher().run(job_of("sums", tmp_path), AT_ONCE) == 1
+def test_a_restart_meets_on_a_fresh_store(make_launcher: MakeLauncher, tmp_path: Path) -> None:
+    assert make_launcher().run(job_of("sums", tmp_path), AT_ONCE) == 1
     assert (tmp_path / "sum-0").read_text() == (tmp_path / "sum-1").read_text() == "6.0"
 
 
-def test_the_restart_budget_ends(tmp_path: Path) -> None:
+def test_the_restart_budget_ends(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
     with pytest.raises(RanksLost, match=r"gave up after 2 restarts.*SIGKILL") as caught:
-        LocalLauncher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
+        make_launcher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
     assert sum(isinstance(event, RanksStarted) for event in events) == 3
     assert caught.value.log.is_file()
 
 
-def test_the_exit_code_of_a_rank_is_reported(tmp_path: Path) -> None:
+def test_the_exit_code_of_a_rank_is_reported(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
     with pytest.raises(RanksLost, match="exited with code 3"):
-        LocalLauncher().run(job_of("exits-3", tmp_path, 1), RestartPolicy(max_restarts=0), on_event=events.append)
+        make_launcher().run(job_of("exits-3", tmp_path, 1), RestartPolicy(max_restarts=0), on_event=events.append)
     assert [event.exit_code for event in events if isinstance(event, RankFailed)] == [3]
 
 
-def test_an_exception_that_is_not_ours_is_quoted(tmp_path: Path) -> None:
+def test_an_exception_that_is_not_ours_is_quoted(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     with pytest.raises(RanksLost, match="KeyError: 'nothing named so'") as caught:
-        LocalLauncher().run(job_of("bug", tmp_path, 1), RestartPolicy(max_restarts=0))
+        make_launcher().run(job_of("bug", tmp_path, 1), RestartPolicy(max_restarts=0))
     assert "Traceback" in caught.value.log.read_text()
 
 
-def test_an_input_error_arrives_as_itself_and_is_not_retried(tmp_path: Path) -> None:
+def test_an_input_error_arrives_as_itself_and_is_not_retried(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
     with pytest.raises(CorruptData, match="3 bytes are missing") as caught:
-        LocalLauncher().run(job_of("corrupt", tmp_path), AT_ONCE, on_event=events.append)
+        make_launcher().run(job_of("corrupt", tmp_path), AT_ONCE, on_event=events.append)
     assert caught.value.path == str(tmp_path / "shard-0.bin")
     assert sum(isinstance(event, RanksStarted) for event in events) == 1
     with pytest.raises(NoSpace, match="no space left"):
-        LocalLauncher().run(job_of("disk-full", tmp_path), AT_ONCE)
+        make_launcher().run(job_of("disk-full", tmp_path), AT_ONCE)
 
 
-def test_attempts_of_a_former_launcher_keep_their_logs(tmp_path: Path) -> None:
+def test_attempts_of_a_former_launcher_keep_their_logs(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     for attempt in (1, 2):
-        LocalLauncher().run(job_of("ends", tmp_path, 1), AT_ONCE)
+        make_launcher().run(job_of("ends", tmp_path, 1), AT_ONCE)
         assert (tmp_path / "logs" / f"attempt-{attempt:03d}" / "rank-0" / "stdout.log").stat().st_size > 0
 
 
-def test_a_rank_that_ignores_signals_is_killed(tmp_path: Path) -> None:
+def test_a_rank_that_ignores_signals_is_killed(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
     with pytest.raises(RanksLost, match="code 3"):
-        LocalLauncher(grace_s=1).run(job_of("deaf", tmp_path), RestartPolicy(max_restarts=0), on_event=events.append)
+        make_launcher(grace_s=1).run(job_of("deaf", tmp_path), RestartPolicy(max_restarts=0), on_event=events.append)
     assert isinstance(events[0], RanksStarted)
     assert not any(is_alive(pid) for pid in events[0].pids)
 
 
-def test_stop_from_another_thread(tmp_path: Path) -> None:
-    launcher = LocalLauncher()
+def test_stop_from_another_thread(make_launcher: MakeLauncher, tmp_path: Path) -> None:
+    launcher = make_launcher()
     caught: list[BaseException] = []
     pids: list[int] = []
 
@@ -154,35 +184,39 @@ def test_stop_from_another_thread(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in pids)
 
 
-def test_an_error_in_the_caller_leaves_no_rank(tmp_path: Path) -> None:
+def test_an_error_in_the_caller_leaves_no_rank(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     events: list[JobEvent] = []
 
     def tick() -> None:
         raise NoSpace(tmp_path)
 
     with pytest.raises(NoSpace):
-        LocalLauncher().run(job_of("waits", tmp_path), AT_ONCE, on_event=events.append, on_tick=tick)
+        make_launcher().run(job_of("waits", tmp_path), AT_ONCE, on_event=events.append, on_tick=tick)
     assert isinstance(events[0], RanksStarted)
     assert not any(is_alive(pid) for pid in events[0].pids)
 
 
 LAUNCH = """
+import signal
 import sys
 from pathlib import Path
-from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.launchers.choice import chosen
+from sihe.core.settings import ClusterSettings
 from sihe.cluster.types import ProcessJob, RestartPolicy
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit it ignored
 folder = Path(sys.argv[1])
 job = ProcessJob("waits", "support.ranks", 2, folder / "logs", ("waits", str(folder)), env={"PYTHONPATH": sys.argv[2]})
+settings = ClusterSettings(launcher="ray", ray_address=sys.argv[3]) if sys.argv[3] else ClusterSettings()
 print("ready", flush=True)
-LocalLauncher().run(job, RestartPolicy(), on_event=lambda event: print(*event.pids, flush=True))
+chosen(settings).run(job, RestartPolicy(), on_event=lambda event: print(*event.pids, flush=True))
 """
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -> None:
+def test_no_rank_outlives_its_launcher(where: str, tmp_path: Path, signum: signal.Signals) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(tmp_path), python_path()],
+        [sys.executable, "-c", LAUNCH, str(tmp_path), python_path(), where],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -207,15 +241,15 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, signum: signal.Signals) -
         assert not any(is_alive(pid) for pid in pids)
 
 
-def test_a_spent_budget_stays_spent(tmp_path: Path) -> None:
+def test_a_spent_budget_stays_spent(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     for _ in range(2):
         events: list[JobEvent] = []
         with pytest.raises(RanksLost, match=r"gave up after 2 restarts.*SIGKILL") as caught:
-            LocalLauncher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
+            make_launcher().run(job_of("always-killed", tmp_path, 1), AT_ONCE, on_event=events.append)
         assert caught.value.log.is_file()
     assert events == [], "another launcher starts nothing"
     with pytest.raises(RanksLost, match="gave up after 3 restarts"):
-        LocalLauncher().run(job_of("always-killed", tmp_path, 1), replace(AT_ONCE, max_restarts=3))
+        make_launcher().run(job_of("always-killed", tmp_path, 1), replace(AT_ONCE, max_restarts=3))
 
 
 # ---- hanging ------------------------------------------------------------------------------------------------------
@@ -224,10 +258,10 @@ IMPATIENT = WatchPolicy(hang_timeout_s=1.0, startup_timeout_s=200)
 
 
 @pytest.mark.parametrize("fate", ["stops-once", "gets-stuck-once"])
-def test_a_hung_rank_is_shown_and_replaced(tmp_path: Path, fate: str) -> None:
+def test_a_hung_rank_is_shown_and_replaced(make_launcher: MakeLauncher, tmp_path: Path, fate: str) -> None:
     events: list[JobEvent] = []
     job = job_of(fate, tmp_path, watch=IMPATIENT)
-    assert LocalLauncher().run(job, AT_ONCE, on_event=events.append) == 1
+    assert make_launcher().run(job, AT_ONCE, on_event=events.append) == 1
     started, hung, restarting, _ = events
     assert isinstance(started, RanksStarted)
     assert isinstance(hung, RankHung)
@@ -245,8 +279,8 @@ def test_a_hung_rank_is_shown_and_replaced(tmp_path: Path, fate: str) -> None:
         assert "S (sleeping)" in own
 
 
-def test_a_job_without_heartbeats_is_not_watched(tmp_path: Path) -> None:
-    launcher = LocalLauncher()
+def test_a_job_without_heartbeats_is_not_watched(make_launcher: MakeLauncher, tmp_path: Path) -> None:
+    launcher = make_launcher()
     ticks: list[int] = []
 
     def tick() -> None:
@@ -261,7 +295,7 @@ def test_a_job_without_heartbeats_is_not_watched(tmp_path: Path) -> None:
 # ---- elastic ------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_leave_for_another_number_and_it_costs_no_restart(tmp_path: Path) -> None:
+def test_ranks_leave_for_another_number_and_it_costs_no_restart(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     slots = [2]
     events: list[JobEvent] = []
 
@@ -270,7 +304,7 @@ def test_ranks_leave_for_another_number_and_it_costs_no_restart(tmp_path: Path) 
             slots[0] = 3
 
     job = job_of("leaves-when-asked", tmp_path, 4, world_sizes=(2, 3, 4))
-    launcher = LocalLauncher(capacity=lambda: slots[0])
+    launcher = make_launcher(capacity=lambda: slots[0])
     policy = replace(AT_ONCE, max_restarts=0)
     assert launcher.run(job, policy, on_event=events.append, on_tick=on_tick) == 0
     changes = [(event.before, event.after) for event in events if isinstance(event, WorkersChanged)]
@@ -279,18 +313,18 @@ def test_ranks_leave_for_another_number_and_it_costs_no_restart(tmp_path: Path) 
     assert not (tmp_path / "world-4").exists()
 
 
-def test_who_leaves_unasked_uses_the_budget(tmp_path: Path) -> None:
+def test_who_leaves_unasked_uses_the_budget(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     with pytest.raises(RanksLost, match="exited with code 75"):
-        LocalLauncher().run(job_of("leaves-unasked", tmp_path, 1), replace(AT_ONCE, max_restarts=0))
+        make_launcher().run(job_of("leaves-unasked", tmp_path, 1), replace(AT_ONCE, max_restarts=0))
 
 
-def test_too_few_slots(tmp_path: Path) -> None:
+def test_too_few_slots(make_launcher: MakeLauncher, tmp_path: Path) -> None:
     (tmp_path / "workers").write_text("1")
     job = job_of("ends", tmp_path, 2, capacity_file=tmp_path / "workers")
     with pytest.raises(NotEnoughSlots, match=r"at least 2 workers.*room for 1"):
-        LocalLauncher().run(job, replace(AT_ONCE, capacity_timeout_s=0))
+        make_launcher().run(job, replace(AT_ONCE, capacity_timeout_s=0))
     (tmp_path / "workers").unlink()
-    assert LocalLauncher().run(job, AT_ONCE) == 0
+    assert make_launcher().run(job, AT_ONCE) == 0
 
 
 def test_delays_grow_and_stay_bounded() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sihe.cluster.errors import JobStopped
 from sihe.cluster.launchers.local import LocalLauncher
+from sihe.cluster.ports import Launcher
 from sihe.cluster.types import JobEvent, ProcessJob, RestartPolicy
 from sihe.training.config import ModelShape, TrainConfig
 from sihe.training.loop import TrainLoop
@@ -45,10 +46,11 @@ def small_config(dataset: Path, **changes: Any) -> TrainConfig:
 
 @dataclass
 class DoomedLauncher:
-    """The local launcher, with ranks that have accidents (`support.doomed_ranks`)."""
+    """A launcher, by default the local one, with ranks that have accidents (`support.doomed_ranks`)."""
 
     doom: str
     folder: Path
+    launcher: Launcher = field(default_factory=lambda: LocalLauncher(grace_s=1))
 
     def run(
         self,
@@ -60,9 +62,7 @@ class DoomedLauncher:
     ) -> int:
         env = {"DOOM": self.doom, "DOOM_FOLDER": str(self.folder), "PYTHONPATH": python_path()}
         doomed = replace(job, module="support.doomed_ranks", env=env)
-        return LocalLauncher(grace_s=1).run(
-            doomed, replace(policy, first_delay_s=0), on_event=on_event, on_tick=on_tick
-        )
+        return self.launcher.run(doomed, replace(policy, first_delay_s=0), on_event=on_event, on_tick=on_tick)
 
     def stop(self) -> None:
         raise NotImplementedError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sihe.cluster.ports import Capacity
+from sihe.cluster.types import ProcessJob
 from sihe.core.telemetry import logger
 
 _log = logger(__name__)
@@ -33,3 +35,12 @@ class FileCapacity:
             self._refused = text
             _log.warning("capacity_not_a_number", path=str(self._path), text=text[:100], kept=self._slots)
         return self._slots
+
+
+def job_capacity(job: ProcessJob) -> Capacity:
+    """What the job's `capacity_file` says; no limit for a job without one."""
+    return FileCapacity(job.capacity_file) if job.capacity_file else _no_limit
+
+
+def _no_limit() -> None:
+    """Nobody limits how many ranks run."""

@@ -47,3 +47,27 @@ class JobStopped(TransientError, InterruptedError):
         super().__init__(f"job {job!r} was stopped by {signal.Signals(signum).name}: run the same command to go on")
         self.job = job
         self.signum = signum
+
+
+class FolderNotShared(UserError, FileNotFoundError):
+    """The machine at `node` does not see the folder `path`, which all machines of a job share."""
+
+    def __init__(self, path: Path, node: str) -> None:
+        super().__init__(
+            f"node {node} of the Ray cluster does not see {path}: put the home folder on storage that every node "
+            "mounts at the same path (NFS or the like) with SIHE_HOME, then run the same command again"
+        )
+        self.path = str(path)
+        self.node = node
+
+
+class NodeUnfit(UserError, RuntimeError):
+    """A machine of the cluster cannot run ranks, for `reason`. `node` is its address, where it is known."""
+
+    def __init__(self, node: str | None, reason: str) -> None:
+        super().__init__(
+            f"{f'node {node}' if node else 'a node'} of the Ray cluster cannot run ranks ({reason}): every node "
+            "needs the same versions of Python, Ray and Sihe"
+        )
+        self.node = node
+        self.reason = reason

@@ -53,6 +53,8 @@ class ProcessJob:
     """Each attempt writes `attempt-<n>/rank-<r>/{stdout,stderr}.log` here; `restarts` keeps the budget that is used."""
     args: tuple[str, ...] = ()
     threads_per_rank: int = 1
+    gpus_per_rank: int = 0
+    """Accelerators that a launcher over several machines reserves for each rank; a local one reserves nothing."""
     env: Mapping[str, str] = field(default_factory=dict)
     world_sizes: tuple[int, ...] = ()
     """Every number of ranks with which the job can run (elastic); only `world_size` when empty."""
@@ -65,6 +67,8 @@ class ProcessJob:
         for name in ("world_size", "threads_per_rank"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} of job {self.name!r} must be at least 1, got {getattr(self, name)!r}")
+        if self.gpus_per_rank < 0:
+            raise InvalidInput(f"gpus_per_rank of job {self.name!r} must not be negative, got {self.gpus_per_rank!r}")
         if any(size < 1 for size in self.world_sizes):
             raise InvalidInput(f"world_sizes of job {self.name!r} must be at least 1, got {self.world_sizes!r}")
 
@@ -114,11 +118,13 @@ class RestartPolicy:
 
 @dataclass(frozen=True)
 class RanksStarted:
-    """Attempt number `attempt` runs; `pids[rank]` are its processes."""
+    """Attempt number `attempt` runs; `pids[rank]` are its processes, on the machines `hosts[rank]`."""
 
     attempt: int
     pids: tuple[int, ...]
     log_dir: Path
+    hosts: tuple[str, ...] = ()
+    """Addresses; empty when all ranks run on this machine."""
 
 
 @dataclass(frozen=True)

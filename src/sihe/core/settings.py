@@ -52,6 +52,14 @@ class ServerSettings(_Section):
     api_keys: tuple[str, ...] = Field((), description="keys that clients must send as Bearer tokens; none: no check")
 
 
+class ClusterSettings(_Section):
+    """Where the ranks of a training run."""
+
+    launcher: Literal["local", "ray"] = Field("local", description="ranks as processes here, or on a Ray cluster")
+    ray_address: str = Field("auto", description="host:port of the Ray cluster; auto: the one of this machine")
+    ray_placement: Literal["pack", "spread"] = Field("pack", description="ranks on few nodes of the cluster or on many")
+
+
 class LlmSettings(_Section):
     """An OpenAI-compatible endpoint that writes answers; without one they are extracts."""
 
@@ -77,6 +85,7 @@ class Settings(_Section):
     objects: ObjectsSettings = ObjectsSettings()
     tracking: TrackingSettings = TrackingSettings()
     server: ServerSettings = ServerSettings()
+    cluster: ClusterSettings = ClusterSettings()
     llm: LlmSettings = LlmSettings()
     log: LogSettings = LogSettings()
 

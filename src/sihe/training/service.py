@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sihe.cluster.errors import JobStopped
+from sihe.cluster.launchers.choice import chosen
 from sihe.cluster.types import ProcessJob, RestartPolicy, WatchPolicy
 from sihe.core.errors import Busy, CorruptData, NotFound, SiheError
 from sihe.core.files import exclusive
@@ -31,7 +32,7 @@ _log = logger(__name__)
 
 
 class TrainingService:
-    """Trains models in a workspace. `launcher` starts the ranks: by default processes on this machine."""
+    """Trains models in a workspace. `launcher` starts the ranks: by default the one that the settings name."""
 
     def __init__(self, workspace: Workspace, *, launcher: Launcher | None = None) -> None:
         self._workspace = workspace
@@ -179,9 +180,7 @@ class TrainingService:
         on_tick: Callable[[], None],
     ) -> int:
         if self._launcher is None:
-            from sihe.cluster.launchers.local import LocalLauncher
-
-            self._launcher = LocalLauncher()
+            self._launcher = chosen(self._workspace.settings.cluster)
         return self._launcher.run(job, policy, on_event=on_event, on_tick=on_tick)
 
     def _register(self, plan: TrainPlan, run_id: str, folder: Path) -> ModelVersion:

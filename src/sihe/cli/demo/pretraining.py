@@ -21,6 +21,7 @@ _RESTARTS = 100  # more than anybody interrupts one walk
 
 def train(walk: Walk) -> Figures:
     """Trains, kills a rank once, and compares the steps that were computed twice."""
+    from sihe.cluster.launchers.local import LocalLauncher
     from sihe.training.presets.reader import load_config
     from sihe.training.service import TrainingService
 
@@ -35,7 +36,8 @@ def train(walk: Walk) -> Figures:
     config = load_config("nano-10m", overrides)
     narrator = _Narrator(walk, steps=steps, kill_at=steps // _INTERVALS * 3 - 1)
     started = time.perf_counter()
-    result = TrainingService(walk.workspace).train(config, on_event=narrator)
+    # Here, whatever the settings say: the rank that is killed must be a process of this machine.
+    result = TrainingService(walk.workspace, launcher=LocalLauncher()).train(config, on_event=narrator)
     seconds = time.perf_counter() - started
     version = result.model_version
     figures: Figures = {"run": result.run_id, "model": version.key, "version": version.version}

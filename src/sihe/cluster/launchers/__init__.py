@@ -4,5 +4,10 @@ from sihe.core.lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {"LocalLauncher": "sihe.cluster.launchers.local", "supervised": "sihe.cluster.launchers.rank"},
+    {
+        "LocalLauncher": "sihe.cluster.launchers.local",
+        "RayLauncher": "sihe.cluster.launchers.ray.launcher",
+        "chosen": "sihe.cluster.launchers.choice",
+        "supervised": "sihe.cluster.launchers.rank",
+    },
 )

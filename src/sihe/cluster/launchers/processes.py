@@ -13,23 +13,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not listed in its stub
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, SubprocessContext, start_processes
 
-from sihe.cluster.heartbeats import HEARTBEATS_FILE, HeartbeatBoard
-from sihe.cluster.launchers import reports
-from sihe.cluster.launchers.rank import ERROR_FILE, LAUNCHER_PID
-from sihe.cluster.launchers.stacks import STACKS_FILE
-from sihe.cluster.types import ProcessJob, RankFailed
-from sihe.core.errors import SiheError, UserError
+from sihe.cluster.heartbeats import HEARTBEATS_FILE, HeartbeatBoard, Pulse
+from sihe.cluster.launchers import stacks
+from sihe.cluster.launchers.attempt import STOPPING
+from sihe.cluster.launchers.environment import arguments, variables
+from sihe.cluster.launchers.folder import AttemptFolder
+from sihe.cluster.launchers.rank import LAUNCHER_PID
+from sihe.cluster.types import ProcessJob
 from sihe.core.files import disk_errors
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask a launcher to stop its ranks."""
 _LOOPBACK = "127.0.0.1"
 
 # Failures are reported as events and errors; torch elastic's own log lines would repeat them on the terminal.
@@ -37,21 +35,43 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
 class RankProcesses:
-    """`world_size` running ranks of `job`, as attempt number `attempt`. Raises `NoSpace`; `close` must be called."""
+    """`world_size` running ranks of `job` on this machine (`sihe.cluster.launchers.attempt.Attempt`).
+
+    Raises `NoSpace`; `close` must be called.
+    """
 
     def __init__(self, job: ProcessJob, world_size: int) -> None:
-        self.attempt, self.folder = _new_attempt(job.log_dir)
-        beats = self.folder / "heartbeats"
-        self.board = HeartbeatBoard(beats, world_size)
-        self._logs = _RankLogs(self.folder)
+        self.folder = AttemptFolder(job.log_dir)
+        self.hosts: tuple[str, ...] = ()
+        self._board = HeartbeatBoard(self.folder.path / "heartbeats", world_size)
         self._store = _open_store()
-        self._context = self._start(job, world_size, beats)
+        self._context = self._start(job, world_size)
         pids = self._context.pids()
         self.pids = tuple(pids[rank] for rank in range(world_size))
 
-    def codes(self) -> dict[int, int | None]:
+    def codes(self) -> dict[int, int | str | None]:
         """The exit code of each rank; minus the signal's number for one that was killed, `None` for one that runs."""
         return {rank: handler.proc.poll() for rank, handler in self._context.subprocess_handlers.items()}
+
+    def pulses(self) -> tuple[Pulse, ...]:
+        """The newest heartbeats, by rank."""
+        return self._board.read()
+
+    def want_leave(self, wanted: bool) -> None:
+        """Asks the ranks to leave after the next checkpoint, or takes that back."""
+        self._board.want_leave(wanted)
+
+    def stopped(self) -> set[int]:
+        """The ranks whose process a signal has stopped."""
+        return {rank for rank, pid in enumerate(self.pids) if stacks.is_stopped(pid)}
+
+    def state(self, rank: int) -> str:
+        """The state of a rank's process."""
+        return stacks.state_of(self.pids[rank])
+
+    def show_stacks(self, wait: Callable[[float], object]) -> None:
+        """Has every rank that can write its stacks into the folder."""
+        stacks.collect(dict(enumerate(self.pids)), self.folder.stacks, wait)
 
     def close(self, signum: signal.Signals, grace_s: float) -> None:
         """Ends the ranks that still run: with `signum`, and after `grace_s` with SIGKILL."""
@@ -61,115 +81,55 @@ class RankProcesses:
             for log in (handler._stdout, handler._stderr):
                 if log is not None:
                     log.close()
-        self.board.close()
+        self._board.close()
 
-    def log(self, rank: int) -> Path:
-        """The error output of a rank."""
-        return self._logs.rank(rank) / "stderr.log"
-
-    def stacks(self, rank: int) -> Path:
-        """Where a rank writes its stacks when it is asked to."""
-        return self._logs.rank(rank) / "stacks.log"
-
-    def last_words(self, rank: int) -> SiheError | None:
-        """The error with which a rank ended, when it is one of ours."""
-        report = reports.read(_report_path(self._logs.rank(rank)))
-        return report.error() if report else None
-
-    def first_failure(self, failed: dict[int, int]) -> RankFailed:
-        """Of the ranks that `failed` (with their codes), the one that caused the others' failures.
-
-        An input error comes first, then a killed rank, then whoever reported first.
-        """
-        found = {rank: reports.read(_report_path(self._logs.rank(rank))) for rank in failed}
-
-        def order(rank: int) -> tuple[bool, bool, int]:
-            report = found[rank]
-            is_input = report is not None and isinstance(report.error(), UserError)
-            return not is_input, failed[rank] > 0, report.at_ns if report else 0
-
-        rank = min(failed, key=order)
-        code, report = failed[rank], found[rank]
-        name = _signal_name(-code) if code < 0 else None
-        reason = f"was killed by {name}" if name else f"exited with code {code}"
-        if report and not name:
-            reason = f"failed with {report.summary}"
-        exit_code = code if code > 0 else None
-        return RankFailed(self.attempt, rank, self.pids[rank], exit_code, name, reason, self.log(rank))
-
-    def _start(self, job: ProcessJob, world_size: int, beats: Path) -> SubprocessContext:
-        common = {
-            "MASTER_ADDR": _LOOPBACK,
-            "MASTER_PORT": str(self._store.port),
-            "WORLD_SIZE": str(world_size),
+    def _start(self, job: ProcessJob, world_size: int) -> SubprocessContext:
+        common = variables(
+            job,
+            attempt=self.folder.number,
+            world_size=world_size,
+            address=_LOOPBACK,
+            port=self._store.port,
+            interface="lo",
+        )
+        common |= {
             "LOCAL_WORLD_SIZE": str(world_size),
-            "TORCHELASTIC_RUN_ID": job.name,
-            "TORCHELASTIC_RESTART_COUNT": str(self.attempt - 1),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "OMP_NUM_THREADS": str(job.threads_per_rank),
             LAUNCHER_PID: str(os.getpid()),
-            HEARTBEATS_FILE: str(beats),
-            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-            **job.env,
+            HEARTBEATS_FILE: str(self.folder.path / "heartbeats"),
         }
         ranks = range(world_size)
-        with _keep_signal_handlers(), disk_errors(self.folder):
+        with _keep_signal_handlers(), disk_errors(self.folder.path):
             context: PContext = start_processes(
                 name=job.name,
                 entrypoint=sys.executable,
-                # -P: a file in the user's folder must not shadow a package that the rank imports.
-                args=dict.fromkeys(ranks, ("-P", "-u", "-m", job.module, *job.args)),
+                args=dict.fromkeys(ranks, arguments(job)),
                 envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
-                logs_specs=self._logs,
+                logs_specs=_RankLogs(self.folder),
             )
         assert isinstance(context, SubprocessContext), "an entry point that is a command runs as subprocesses"
         return context
 
 
 class _RankLogs(LogsSpecs):
-    """Puts each rank's output, report and stacks into `<folder>/rank-<r>/`."""
+    """Puts each rank's output, report and stacks into its folder."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(log_dir=str(folder))
-        self.folder = folder
+    def __init__(self, folder: AttemptFolder) -> None:
+        super().__init__(log_dir=str(folder.path))
+        self._folder = folder
 
     @property
     def root_log_dir(self) -> str:
-        return str(self.folder)
+        return str(self._folder.path)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Creates the folders, reserves the reports, and tells each rank where its report and stacks go."""
+        """Prepares the folders, and tells each rank where its report and stacks go."""
         destination = LogsDest()
         for rank, env in envs.items():
-            home = self.rank(rank)
-            home.mkdir()
-            report = _report_path(home)
-            reports.reserve(report)
-            env[ERROR_FILE] = str(report)
-            env[STACKS_FILE] = str(home / "stacks.log")
-            destination.stdouts[rank] = str(home / "stdout.log")
-            destination.stderrs[rank] = str(home / "stderr.log")
-            destination.error_files[rank] = str(report)
+            env.update(self._folder.prepare(rank))
+            destination.stdouts[rank] = str(self._folder.output(rank))
+            destination.stderrs[rank] = str(self._folder.log(rank))
+            destination.error_files[rank] = str(self._folder.report(rank))
         return destination
-
-    def rank(self, rank: int) -> Path:
-        """The folder of one rank."""
-        return self.folder / f"rank-{rank}"
-
-
-def _report_path(rank_folder: Path) -> Path:
-    return rank_folder / "error.json"
-
-
-def _new_attempt(log_dir: Path) -> tuple[int, Path]:
-    """The next attempt's number and its new folder; attempts of former launchers of the same job count."""
-    with disk_errors(log_dir):
-        log_dir.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name.rpartition("-")[2]) for path in log_dir.glob("attempt-[0-9]*")]
-        attempt = max(numbers, default=0) + 1
-        folder = log_dir / f"attempt-{attempt:03d}"
-        folder.mkdir()
-    return attempt, folder
 
 
 def _open_store() -> TCPStore:
@@ -179,13 +139,6 @@ def _open_store() -> TCPStore:
     return TCPStore(
         _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
     )
-
-
-def _signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # a real-time signal has a number only
-        return f"signal {signum}"
 
 
 @contextmanager
