@@ -12,8 +12,8 @@ from support.parallel_matrix import page, run
 @pytest.mark.parametrize("model", ["dense", "experts"])
 def test_plans_on_two_ranks(model: str, tmp_path: Path) -> None:
     """Replicas, and shards of optimizer states and weights; each goes on from the one before."""
-    alone = run(1, model, tmp_path, None)
-    rows = run(2, model, tmp_path, alone[0].plan, slice(0, 6))
+    (alone,) = run(1, model, tmp_path, None)
+    rows = list(run(2, model, tmp_path, alone.plan, slice(0, 6)))
     assert [row.plan for row in rows if not row.holds] == []
     assert all(row.resumed_from and row.resume_error > 0 for row in rows), (
         "a loss that is the same bits was not computed"
