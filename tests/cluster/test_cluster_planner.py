@@ -8,9 +8,11 @@ import pytest
 
 from sihe.cluster.collectives import costs
 from sihe.cluster.collectives.costs import Link
+from sihe.cluster.planner.communication import all_reduce, half_all_reduce
 from sihe.cluster.planner.comparison import compare, predictions
 from sihe.cluster.planner.errors import NothingFits
-from sihe.cluster.planner.memory import predict_memory
+from sihe.cluster.planner.memory import has_head, predict_memory, predict_ranks
+from sihe.cluster.planner.pipeline import layers_of_stages
 from sihe.cluster.planner.presets import cluster, h100, model
 from sihe.cluster.planner.search import check, divisors, layouts, search_layouts, why_slower
 from sihe.cluster.planner.step import estimate_step
@@ -116,6 +118,31 @@ def test_replicas_sum_float32_gradients_once_a_step() -> None:
     (data,) = estimate.traffic
     assert data.sent_bytes == pytest.approx(4 * SMALL.parameters)
     assert 0 < data.exposed_s < data.seconds
+
+
+def test_sharded_and_replicated_sums_are_priced_by_the_same_topology() -> None:
+    size, spec = 1e9, h100(8)
+    half = half_all_reduce(size, 64, 1, spec)
+    assert half.seconds < costs.reduce_scatter(size, 64, spec.between).seconds / 4
+    levels = costs.hierarchical(size, 8, 8, spec.inside, spec.between)
+    assert all_reduce(size, 64, 1, spec).seconds == pytest.approx(levels.seconds)
+    shape = model("llama-7b")
+    summed, sharded = (
+        estimate_step(shape, Layout(**axes), spec).traffic[0]  # type: ignore[arg-type]  # plain values
+        for axes in ({"dp": 64}, {"shard": 64, "zero": 1})
+    )
+    gathered = half_all_reduce(2 * shape.parameters, 64, 1, spec)
+    assert sharded.seconds == pytest.approx(summed.seconds + gathered.seconds)
+
+
+def test_every_layer_is_in_one_stage_and_the_head_takes_the_place_of_some() -> None:
+    shape = TransformerShape("small", 6, 384, 6, 6, 64, 1024, vocab=8192, sequence=256)
+    assert layers_of_stages(shape, Layout(pp=2, microbatches=2)) == (4, 2)
+    assert [has_head(Layout(pp=2, microbatches=2), rank) for rank in (0, 1)] == [False, True]
+    v_shaped = Layout(pp=2, microbatches=4, stages_per_rank=2, schedule="zbv")
+    assert has_head(v_shaped, 0)
+    fullest = max(predict_ranks(shape, v_shaped), key=lambda estimate: estimate.total)
+    assert predict_memory(shape, v_shaped) == fullest
 
 
 def test_the_step_is_the_sum_of_its_parts_and_mfu_is_what_the_model_needs() -> None:

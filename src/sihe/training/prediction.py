@@ -66,7 +66,9 @@ def shape_of(model: ModelConfig, sequence_length: int) -> TransformerShape:
 
 
 def layout_of(config: TrainConfig) -> Layout:
-    """A plan of parallelism as the planner sees it, with the portions of a step."""
+    """A plan of parallelism as the planner sees it, with the portions of a step, on processors like this one."""
+    from sihe.models.precision import native_bf16  # imports torch
+
     plan = config.plan
     return Layout(
         dp=plan.dp,
@@ -82,4 +84,5 @@ def layout_of(config: TrainConfig) -> Layout:
         micro_batch=config.micro_batch,
         recompute=_RECOMPUTE[config.recompute.policy],
         precision=_PRECISIONS[config.precision],
+        widened=config.precision == "bf16" and not native_bf16(),
     )

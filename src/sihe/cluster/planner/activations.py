@@ -49,7 +49,10 @@ def _llama_layer(shape: TransformerShape, layout: Layout, policy: Recompute) -> 
     norm = stream + size * shape.hidden + _FLOAT / spread
     rows = (2 * shape.heads + shape.kv_heads) * shape.head_dim  # turned queries and keys, the output
     rows += (shape.heads + 2 * shape.kv_heads) * shape.head_dim  # queries, keys and values together
-    attention = (size * rows + _FLOAT * shape.heads) / tp
+    kept_rows = size * rows
+    if layout.widened:  # queries, keys, values and the output in float32, and the output rounded; nothing else
+        kept_rows = shape.head_dim * (_FLOAT * 2 * (shape.heads + shape.kv_heads) + size * shape.heads)
+    attention = (kept_rows + _FLOAT * shape.heads) / tp
     kept = 2 * norm + mlp_bytes_per_token(shape, layout)
     return tokens * (kept if policy == "selective" else kept + attention)
 
@@ -97,10 +100,21 @@ def loss_bytes(shape: TransformerShape, layout: Layout) -> float:
     tokens = tokens_of_rank(shape, layout)
     if shape.family == "gpt":
         return 4 * tokens * (shape.hidden + shape.vocab) / layout.tp
-    size = ELEMENT_BYTES[layout.precision]
     chunks = 3 if tokens > _LOSS_CHUNK else 2
     logits = chunks * _FLOAT * min(tokens, _LOSS_CHUNK) * shape.vocab
-    return tokens * (3 * size * shape.hidden + _FLOAT) + (_FLOAT * shape.vocab * shape.hidden + logits) / layout.tp
+    factors = _FLOAT * shape.hidden * (tokens + shape.vocab / layout.tp) if layout.widened else 0.0
+    return kept_loss_bytes(shape, layout) + logits / layout.tp + factors
+
+
+def kept_loss_bytes(shape: TransformerShape, layout: Layout) -> float:
+    """What the last norm and the loss keep for their backward pass."""
+    tokens = tokens_of_rank(shape, layout)
+    if shape.family == "gpt":
+        return loss_bytes(shape, layout)
+    size = ELEMENT_BYTES[layout.precision]
+    gradient = _FLOAT if layout.widened else size
+    vectors = tokens * ((2 * size + gradient) * shape.hidden + _FLOAT)
+    return vectors + _FLOAT * shape.vocab * shape.hidden / layout.tp
 
 
 def block_bytes(shape: TransformerShape, layout: Layout) -> float:

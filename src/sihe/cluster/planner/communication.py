@@ -23,9 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sihe.cluster.collectives import costs
-from sihe.cluster.collectives.costs import Link
 from sihe.cluster.planner.activations import tokens_of_rank
-from sihe.cluster.planner.memory import stage_parameters
+from sihe.cluster.planner.memory import most_parameters
 from sihe.cluster.planner.types import ELEMENT_BYTES, ClusterSpec, Layout, TransformerShape
 
 _OVERLAP = 0.8
@@ -89,10 +88,9 @@ def data_traffic(
 ) -> list[AxisTraffic]:
     """The sums of gradients and the gathering of weights; the passes named are of one micro-batch."""
     found = []
-    parameters = stage_parameters(shape, layout)
-    stride = layout.stride("shard")
+    parameters = most_parameters(shape, layout)
     if layout.shard > 1:
-        found.append(_sharded(parameters, layout, cluster.link(layout.shard, stride), backward_s, forward_s))
+        found.append(_sharded(parameters, layout, cluster, backward_s, forward_s))
     if layout.dp > 1:
         size = 4 * parameters / (layout.shard if layout.zero >= 2 else 1)
         cost = all_reduce(size, layout.dp, layout.stride("dp"), cluster)
@@ -101,20 +99,33 @@ def data_traffic(
 
 
 def all_reduce(size_bytes: float, ranks: int, stride: int, cluster: ClusterSpec) -> costs.Cost:
-    """The faster one of a ring over all ranks and a hierarchical one, where the ranks fill whole nodes."""
-    flat = costs.ring(size_bytes, ranks, cluster.link(ranks, stride))
+    """As much as summing into shares and gathering these."""
+    half = half_all_reduce(size_bytes, ranks, stride, cluster)
+    return half + half
+
+
+def half_all_reduce(size_bytes: float, ranks: int, stride: int, cluster: ClusterSpec) -> costs.Cost:
+    """A reduce-scatter of `size_bytes` before, or an all-gather of as many after, over `ranks` that lie `stride` apart.
+
+    The faster one of a ring over all ranks and, where the ranks fill whole nodes, of a hierarchical one.
+    """
+    flat = costs.reduce_scatter(size_bytes, ranks, cluster.link(ranks, stride))
     per_node = max(1, cluster.per_node // stride)
     if per_node == 1 or ranks <= per_node or ranks % per_node:
         return flat
-    levels = costs.hierarchical(size_bytes, ranks // per_node, per_node, cluster.inside, cluster.between)
+    inside = costs.reduce_scatter(size_bytes, per_node, cluster.inside)
+    levels = inside + costs.reduce_scatter(size_bytes / per_node, ranks // per_node, cluster.between)
     return min(flat, levels, key=lambda cost: cost.seconds)
 
 
-def _sharded(parameters: float, layout: Layout, link: Link, backward_s: float, forward_s: float) -> AxisTraffic:
-    gathered = costs.all_gather(parameters * ELEMENT_BYTES[layout.precision], layout.shard, link)
-    scattered = costs.reduce_scatter(4 * parameters, layout.shard, link)
+def _sharded(
+    parameters: float, layout: Layout, cluster: ClusterSpec, backward_s: float, forward_s: float
+) -> AxisTraffic:
+    ranks, stride = layout.shard, layout.stride("shard")
+    gathered = half_all_reduce(parameters * ELEMENT_BYTES[layout.precision], ranks, stride, cluster)
+    scattered = half_all_reduce(4 * parameters, ranks, stride, cluster)
     if layout.zero == 1:
-        hidden = _overlapped("shard", "all-reduce", costs.ring(4 * parameters, layout.shard, link), backward_s)
+        hidden = _overlapped("shard", "all-reduce", scattered + scattered, backward_s)
         return AxisTraffic(
             "shard",
             "all-reduce, all-gather",

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from sihe.cluster.collectives.costs import Cost
 from sihe.cluster.planner import communication, work
 from sihe.cluster.planner.communication import AxisTraffic
-from sihe.cluster.planner.memory import MemoryEstimate, layers_of_rank, predict_memory, stage_parameters
+from sihe.cluster.planner.memory import (
+    MemoryEstimate,
+    has_head,
+    layers_of_rank,
+    most_parameters,
+    predict_memory,
+)
 from sihe.cluster.planner.pipeline import bubble
 from sihe.cluster.planner.types import ClusterSpec, Layout, TransformerShape
 
@@ -66,15 +72,18 @@ class StepEstimate:
 
 def estimate_step(shape: TransformerShape, layout: Layout, cluster: ClusterSpec) -> StepEstimate:
     """Memory and time of one step. The layout must fit the model and the cluster (see `search.check`)."""
-    layers, times = layers_of_rank(shape, layout), layout.microbatches
+    times = layout.microbatches
     forward_s = work.layer_forward(shape, layout).seconds(cluster, layout)
     again_s = work.recomputed(shape, layout).seconds(cluster, layout)
     head_s = 3 * work.head_forward(shape, layout).seconds(cluster, layout)
     messages = _layer_messages(shape, layout, cluster)
     layer_exposed_s = sum(cost.seconds for _, _, cost in messages)
+    layer_s = 3 * forward_s + again_s + layer_exposed_s
+    ranks = ((layers_of_rank(shape, layout, rank), has_head(layout, rank)) for rank in range(layout.pp))
+    layers, is_last = max(ranks, key=lambda rank: rank[0] * layer_s + rank[1] * head_s)  # all wait for this one
     message = communication.stage_message(shape, layout, cluster)
     hops = 2 * layout.stages_per_rank * times if layout.pp > 1 else 0
-    layers_s = layers * (3 * forward_s + again_s + layer_exposed_s) + (hops / times) * message.seconds
+    layers_s = layers * layer_s + (hops / times) * message.seconds
     # Ranks wait while the pipeline fills and empties: for the layers, which all have, and not for the head.
     share = bubble(layout)
     waiting_s = times * layers_s * share / (1 - share)
@@ -88,12 +97,12 @@ def estimate_step(shape: TransformerShape, layout: Layout, cluster: ClusterSpec)
     traffic = [communication.in_the_open(axis, name, cost, layers * times) for axis, name, cost in messages]
     if hops:
         traffic.append(communication.in_the_open("pp", "send", message, hops))
-    updated = stage_parameters(shape, layout) / layout.shard
+    updated = most_parameters(shape, layout) / layout.shard
     tokens = layout.global_batch * shape.sequence
     return StepEstimate(
         layout,
         predict_memory(shape, layout),
-        times * (layers * 3 * forward_s + head_s),
+        times * (layers * 3 * forward_s + is_last * head_s),
         times * layers * again_s,
         waiting_s,
         work.update(updated).seconds(cluster, layout),

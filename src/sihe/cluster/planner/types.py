@@ -179,6 +179,9 @@ class Layout:
     recompute: Recompute = "none"
     precision: Precision = "bf16"
     sequence_parallel: bool = True
+    widened: bool = False
+    """Whether 16-bit factors become float32 for the time of a product, as our decoder does on processors that multiply
+    float32 faster."""
 
     def __post_init__(self) -> None:
         for key in (*AXES, "ep", "microbatches", "stages_per_rank", "micro_batch"):

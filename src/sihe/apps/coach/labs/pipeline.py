@@ -99,7 +99,9 @@ def _plans(pieces: int) -> dict[str, dict[str, Any]]:
 
 
 def bubble_share(ranks: int, microbatches: int, pieces: int, schedule: str = "1f1b") -> float:
-    """Idle share of a rank's time by formula, as the planner has it: (p - 1) / (v m + p - 1), and 0 for ZB-V."""
+    """Idle share of a rank's time by the papers' formulas: (p - 1) / (v m + p - 1), and 0 for ZB-V."""
+    if schedule == "zbv":
+        return 0.0  # arXiv 2405.15362; the planner counts what torch's order of it leaves
     layout = {"pp": ranks, "microbatches": microbatches, "stages_per_rank": pieces, "schedule": schedule}
     return bubble(Layout(**layout))  # type: ignore[arg-type]  # the schedule is one of the planner's
 
