@@ -2,9 +2,10 @@
 
     python -m benchmarks.training.recipes --page docs/reference/recipes.md     (`make recipes`)
 
-One home serves all runs of a seed, so the base of 800 steps that most recipes begin with is computed once, in the row
-of `sft`, and taken over by the others. A claim is the smallest change of the metric among the seeds. With `--home` the
-rows of a recipe that is finished there are read instead of computed again: an interrupted measurement goes on.
+One home serves all runs, so what recipes share is computed once and taken over by the others: the base of 800 steps in
+the row of `sft`, the reward model in that of `reward`. A claim is the smallest change of the metric among the seeds.
+With `--home` the rows of a recipe that is finished there are read instead of computed again: an interrupted measurement
+goes on.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ CASES = (
 
 _PREFACE = """# What the post-training recipes reach
 
-Written by `make recipes`, which runs `sihe train recipe <name> --seeds 3` for each of them from an empty home (threads:
-{threads}) and takes the figures from what the command says: the metric on 128 held-out problems, before and after the
-recipe's last stage. Seconds are the median of the seeds. The base of 800 steps that most recipes begin with is computed
-once and counts in the row of sft. The command itself writes the curves of all metrics into a report.
+Written by `make recipes`, which runs `sihe train recipe <name> --seeds 3` for each of them (threads: {threads}) in a
+home that is empty at first, and takes the figures from what the command says: the metric on 128 held-out problems,
+before and after the recipe's last stage. `s` is the wall clock of the middle seed. Stages that recipes share are
+computed once: the base of 800 steps counts in the row of sft, the reward model in that of reward. The command itself
+writes the curves of all metrics into a report.
 """
 
 
@@ -131,7 +133,7 @@ def write_page(page: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], *, 
         goal = "↑" if _config(case).goal == "up" else "↓"
         cells = " | ".join(told(row) for row in rows)
         lines.append(f"| {case.name} | {rows[0]['metric']} {goal} | {cells} | {middle:.0f} |")
-    lines += ["", f"![The metric of each recipe by step, one line a seed]({chart.name})", ""]
+    lines += ["", f"![The metric of each recipe by step: seed 0 blue, 1 orange, 2 green]({chart.name})", ""]
     lines += ["| recipe | stages | last stage |", "|---|---|---|"]
     lines += [_settings_row(case) for case in CASES]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
