@@ -63,9 +63,18 @@ def test_the_interface_that_has_an_address() -> None:
 
 
 @pytest.mark.ray
-def test_nobody_at_the_address(tmp_path: Path) -> None:
-    with pytest.raises(Unreachable, match="does not answer"):
-        RayLauncher(address="127.0.0.1:1").run(job_of("ends", tmp_path), AT_ONCE)
+def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for address in ("127.0.0.1:1", "auto"):
+        with pytest.raises(Unreachable, match=r":1 does not answer \(Connection refused\)"):
+            RayLauncher(address=address).run(job_of("ends", tmp_path), AT_ONCE)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("address", ["local", "nowhere"])
+def test_what_is_no_address(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.ray_address.*must be host:port"):
+        RayLauncher(address=address).run(job_of("ends", tmp_path), AT_ONCE)
 
 
 @pytest.mark.ray

@@ -207,7 +207,7 @@ class _Lookout:
         if now_s - self._looked_s < _LOOK_S:
             return None
         self._looked_s = now_s
-        best = self._job.largest_size(self._capacity()) if self._job.world_sizes else None
+        best = self._job.largest_size(self._capacity()) if len(self._job.world_sizes) > 1 else None
         wants = best is not None and best != len(self._ranks.pids)
         self._ranks.want_leave(wants)
         self.wanted_leave |= wants

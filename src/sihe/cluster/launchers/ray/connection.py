@@ -35,29 +35,41 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _check(address)
+    found = _found(address)
     with _signal_handlers_kept():
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
+            ray.init(address=found, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Unreachable(f"Ray cluster {address!r}", reason) from error
+            raise Unreachable(f"Ray cluster {found}", _first_line(error)) from error
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _check(address: str) -> None:
-    """Raises `Unreachable` when nobody listens at `address`: Ray itself would try for minutes, and then for ever."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return
+def _found(address: str) -> str:
+    """The cluster as `host:port`, where somebody listens: where nobody does, Ray itself would try for minutes."""
+    # Ray's own search: RAY_ADDRESS, then the file that `ray start` writes, then processes of this machine.
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found: str | None = canonicalize_bootstrap_address(address)
+    except ConnectionError as error:
+        raise Unreachable(f"Ray cluster {address!r}", _first_line(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"setting {_KEY!r} must be host:port or auto, got {address!r}", key=_KEY) from error
+    if found is None:
+        raise ConfigError(f"setting {_KEY!r} must be host:port or auto, got {address!r}", key=_KEY)
+    host, _, port = found.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
-            pass
+            return found
     except OSError as error:
-        raise Unreachable(f"Ray cluster {address!r}", error.strerror or str(error)) from error
+        raise Unreachable(f"Ray cluster {found}", error.strerror or str(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextmanager
