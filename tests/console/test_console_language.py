@@ -10,12 +10,13 @@ import pytest
 
 from sihe.console.language import LANGUAGES, catalogue, choose, translate
 from sihe.core.errors import InternalError
+from sihe.core.settings import known_keys
 
 CONSOLE = Path(__file__).parents[2] / "src" / "sihe" / "console"
 # Keys whose last part is a value of the house: `t("status." ~ run.status)`.
 FAMILIES = (
     "status.", "metric.", "lineage.", "difficulty.", "level.", "round.", "section.", "rubric.", "provenance.",
-    "verdict.", "deployment.", "failure.", "nav.", "about.", "lab.step_", "mode.", "state.", "recall.",
+    "verdict.", "deployment.", "failure.", "nav.", "about.", "setting.", "lab.step_", "mode.", "state.", "recall.",
 )  # fmt: skip
 
 
@@ -36,6 +37,11 @@ def test_no_sentence_is_empty_and_chinese_is_chinese() -> None:
         assert all(sentence.strip() for sentence in catalogue(language).values())
     same = {key for key in catalogue("en") if catalogue("en")[key] == catalogue("zh")[key]}
     assert same <= {"about.python", "playground.placeholder"}, "these sentences are not translated"
+
+
+def test_every_setting_is_explained_in_both_languages() -> None:
+    settings = {key: text for key, text in catalogue("en").items() if key.startswith("setting.")}
+    assert settings == {f"setting.{key}": meaning for key, meaning in known_keys().items()}
 
 
 def test_words_that_yaml_takes_for_truth_values_stay_words() -> None:

@@ -21,10 +21,10 @@ def router(console: Console) -> APIRouter:
     def about(request: Request) -> HTMLResponse:
         public = console.workspace.settings.public()
         rows = []
-        for key, description in known_keys().items():
+        for key in known_keys():
             section, _, inner = key.rpartition(".")
             value = (public[section] if section else public)[inner]
-            rows.append((key, environment_name(key), value, description))
+            rows.append((key, environment_name(key), value))
         machine = {
             "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}",
