@@ -150,6 +150,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     clip_norm: float = 1.0
     """The gradients' global norm is scaled down to this."""
+    ema_decay: float | None = None
+    """Of a running average of the weights, such as 0.999, which is then what the run gives: the exported and registered
+    model. Left out, the last weights are. Early steps decay less: (1 + n) / (10 + n) at step n."""
     precision: Precision = "auto"
     """Of weights and activations; the optimizer's master weights and the sums of gradients are float32 in any case.
     "auto" is bf16 where the processor multiplies it in hardware, else fp32. fp16 comes with dynamic loss scaling."""
@@ -187,6 +190,8 @@ class TrainConfig:
         for name in ("peak_lr", "clip_norm", "collective_timeout_s"):
             value = getattr(self, name)
             _check(name, value > 0 and math.isfinite(value), "a positive number", value)
+        decay = self.ema_decay
+        _check("ema_decay", decay is None or 0 <= decay < 1, "left out, or at least 0 and below 1", decay)
         _check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1", self.min_lr_ratio)
         _check("precision", self.precision in get_args(Precision), " or ".join(get_args(Precision)), self.precision)
         _check(
@@ -240,6 +245,8 @@ class TrainConfig:
         """
         values = {key: value for key, value in asdict(self).items() if key not in {*_FREE, "model"}}
         values["data"] = {key: value for key, value in values["data"].items() if key != "prefetch"}
+        if self.ema_decay is None:
+            del values["ema_decay"]  # runs from before there were averages compute the same
         return values | {f"model.{key}": value for key, value in self.model.resolved(self.sequence_length).items()}
 
     def public(self) -> dict[str, Any]:

@@ -29,12 +29,13 @@ def export_model(model: Decoder, dataset: Path, target: Path) -> None:
 def export_checkpoint(folder: Path, step: int, target: Path) -> None:
     """Exports the checkpoint of `step` of the run in `folder`, whatever ranks and plan wrote it, in this process alone.
 
-    Raises `NotFound` that names the steps there are, `CorruptData`.
+    Where the run averages its weights (`ema_decay`), the average is what is exported. Raises `NotFound` that names the
+    steps there are, `CorruptData`.
     """
     plan = TrainPlan.read(folder / layout.PLAN)
     checkpoints = Checkpoints(folder / layout.CHECKPOINTS, plan.identity, keep=plan.config.keep_checkpoints)
     if step not in checkpoints.steps():
         raise NotFound("checkpoint of step", str(step), hint=f"the run has {checkpoints.steps() or 'none'}")
     model = Decoder(plan.model).to(DTYPES[plan.config.precision])
-    checkpoints.at(step).load_weights(model)
+    checkpoints.at(step).load_weights(model, averaged=plan.config.ema_decay is not None)
     export_model(model, plan.dataset, target)

@@ -61,6 +61,7 @@ class TrainLoop:
             self._parallel.held,
             make_rule(config.optimizer.kind, config.optimizer.settings),
             clip_norm=config.clip_norm,
+            ema_decay=config.ema_decay,
             mesh=mesh,
         )
         schedule = self.plan.schedule
@@ -150,7 +151,13 @@ class TrainLoop:
         state = {"loss_scale": self._loss_scale.state()} if self._loss_scale else {}
         with self._pulse.heartbeat.slow():
             self._checkpoints.save(
-                step, next_sample, self.model, self._optimizer, self._parallel.buffers(), state=state
+                step,
+                next_sample,
+                self.model,
+                self._optimizer,
+                self._parallel.buffers(),
+                of_rank=self._parallel.rank_state(),
+                state=state,
             )
         self._log_saved()
 
@@ -176,7 +183,9 @@ class TrainLoop:
         """The newest valid checkpoint, loaded; the same on every rank."""
         checkpoint = self._checkpoints.newest(self._log)
         if checkpoint is not None:
-            checkpoint.load_into(self.model, self._optimizer, self._parallel.buffers())
+            buffers, own = self._parallel.buffers(), self._parallel.rank_state()
+            if not checkpoint.load_into(self.model, self._optimizer, buffers, own):
+                self._parallel.reset_rank_state()
             if self._loss_scale is not None:
                 self._loss_scale.load_state(checkpoint.manifest.state["loss_scale"])
         return checkpoint

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from sihe.core.errors import ConfigError, InvalidInput
 from sihe.training.optimizers.adamw import AdamW
+from sihe.training.optimizers.ema import WeightAverage
 from sihe.training.optimizers.matrix import matrix_of
 from sihe.training.optimizers.muon import is_hidden_matrix
 from sihe.training.optimizers.rule import State, UpdateRule, Weight
@@ -30,6 +31,9 @@ from sihe.training.parallel.zero import gather_rows
 
 if TYPE_CHECKING:
     from sihe.training.parallel.mesh import ParallelMesh
+
+
+_AVERAGED = "averaged"  # how many steps the average has seen
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class MasterOptimizer:
 
     `weights` is a model, or what a rank holds of one that is spread over `mesh`. Gradients may be float32 or of the
     weights' dtype, and stay where they are; their global norm is scaled down to `clip_norm` (`inf`: never). Matrices
-    decay, vectors (norms, biases) do not.
+    decay, vectors (norms, biases) do not. With `ema_decay`, a running average follows the masters, each rank's its own.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class MasterOptimizer:
         rule: UpdateRule | None = None,
         *,
         clip_norm: float = 1.0,
+        ema_decay: float | None = None,
         mesh: ParallelMesh | None = None,
     ) -> None:
         if not clip_norm > 0:
@@ -71,6 +76,9 @@ class MasterOptimizer:
         self._slots = [self._slot(each) for each in held if each.parameter.requires_grad]
         self._is_split = mesh is not None and (mesh.plan.pp > 1 or any(slot.held.holders > 1 for slot in self._slots))
         self._steps = 0
+        self._average: WeightAverage | None = None
+        if ema_decay is not None:
+            self._average = WeightAverage({slot.held.name: slot.weight.master for slot in self._slots}, ema_decay)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -95,6 +103,8 @@ class MasterOptimizer:
             step=self._steps,
         )
         self._write_back(slots)
+        if self._average is not None:
+            self._average.update()
         return norm
 
     def zero_grad(self) -> None:
@@ -112,14 +122,21 @@ class MasterOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """What a run needs to go on bit for bit, weights included; the live tensors where the rule does not pack them.
 
-        `step`, and for each parameter `weight.*` in float32 and what the rule remembers, such as `mean.*`. A tensor of
-        which this rank holds a part is a `DTensor` that says which, so that a checkpoint can be read on other ranks.
+        `step`, and for each parameter `weight.*` in float32, what the rule remembers, such as `mean.*`, and `average.*`
+        where there is one. A tensor of which this rank holds a part is a `DTensor` that says which, so that a
+        checkpoint can be read on other ranks.
         """
         tensors = {"step": torch.tensor(self._steps)}
         for slot in self._slots:
             for kind, tensor in {"weight": slot.weight.master, **self.rule.unpacked(slot.state)}.items():
                 # A matrix that is tied over stages may have both owners here: they hold the same, and the first speaks.
                 tensors.setdefault(f"{kind}.{slot.held.name}", self._at_rest(slot.held, tensor))
+        if self._average is not None:
+            averages = self._average.state_tensors()
+            tensors[_AVERAGED] = averages["step"]
+            for slot in self._slots:
+                name = f"average.{slot.held.name}"
+                tensors.setdefault(name, self._at_rest(slot.held, averages[name]))
         return tensors
 
     @torch.no_grad()
@@ -142,6 +159,9 @@ class MasterOptimizer:
             kinds = self.rule.unpacked(slot.state)
             self.rule.pack(slot.state, {kind: _local(tensors[f"{kind}.{name}"]) for kind in kinds})
         self._steps = int(tensors["step"])
+        if self._average is not None:
+            averages = {name: _local(tensor) for name, tensor in tensors.items() if name.startswith("average.")}
+            self._average.load_state_tensors({"step": tensors[_AVERAGED], **averages})
         self._write_back(self._slots)
 
     def _slot(self, held: Held) -> _Slot:

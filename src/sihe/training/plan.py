@@ -23,6 +23,7 @@ from sihe.training.schedule import ScheduleConfig
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What a model folder takes over from its data set."""
 _OPTIMIZER_BYTES = 12  # a parameter's float32 master weight and two moments
+_AVERAGE_BYTES = 4
 _WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -58,7 +59,8 @@ class TrainPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """About what one checkpoint takes."""
-        return self.model.num_parameters * (_WEIGHT_BYTES[self.config.precision] + _OPTIMIZER_BYTES)
+        average = 0 if self.config.ema_decay is None else _AVERAGE_BYTES
+        return self.model.num_parameters * (_WEIGHT_BYTES[self.config.precision] + _OPTIMIZER_BYTES + average)
 
     @property
     def threads_per_rank(self) -> int:

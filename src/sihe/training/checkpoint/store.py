@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sihe.core.errors import CorruptData
 from sihe.core.files import new_directory
+from sihe.core.telemetry import logger
 from sihe.training.checkpoint.agreement import Agreement
 from sihe.training.checkpoint.manifest import Manifest
 from sihe.training.checkpoint.shards import Form, read_forms, read_tensors, write_tensors
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from sihe.training.ports import Optimizer
 
 _NAME = re.compile(r"step-(\d{8,})")
-_WEIGHT = "weight."
+_WEIGHT, _AVERAGE, _RANK = "weight.", "average.", "rank."
+_log = logger(__name__)
 _LISTED = 8  # differences in a message
 
 
@@ -53,25 +55,46 @@ class Checkpoint:
         """Where the order of samples goes on."""
         return self.manifest.next_sample
 
-    def load_into(self, model: nn.Module, optimizer: Optimizer, more: Mapping[str, Tensor] | None = None) -> None:
+    def load_into(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        more: Mapping[str, Tensor] | None = None,
+        of_rank: Mapping[str, Tensor] | None = None,
+    ) -> bool:
         """Gives back what `Checkpoints.save` took: each rank reads its parts, whatever the plan they came from.
+
+        `of_rank` is given back to the very ranks that wrote it, all of them or none: whether it was, the same on each
+        rank. Else it is left as it is, for the caller to start anew, and a warning is logged.
 
         All ranks that opened the checkpoint call it. Raises `WrongCheckpoint` naming the tensors that only one side
         has, or that have another form (nothing has changed then), `CorruptData`, `PeerFailed`, `PeerSilent`.
         """
         own = optimizer.state_tensors()
-        tensors = _contents(model, own, more)
+        tensors = _contents(model, own, more, _named(of_rank, self.agreement))
         forms = {name: Form.of(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         wanted = {name: form for share in self.agreement.everywhere(lambda: forms) for name, form in share.items()}
-        self.agreement.everywhere(lambda: self._check(wanted, read_forms(self.path)))
+        stored = self.agreement.everywhere(lambda: read_forms(self.path))[self.agreement.rank]
+        is_own = _of_ranks(wanted) == _of_ranks(stored)
+        if not is_own:
+            _log.warning("rank_state_starts_anew", checkpoint=str(self.path), reason="written by other ranks")
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RANK)}
+            wanted, stored = ({n: f for n, f in each.items() if not n.startswith(_RANK)} for each in (wanted, stored))
+        self.agreement.everywhere(lambda: self._check(wanted, stored))
         self.agreement.everywhere(lambda: read_tensors(self.path, tensors))
         optimizer.load_state_tensors({name: tensors[name] for name in own})
+        return is_own
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Gives the weights to the whole `model` in this process, rounded to its dtype. Raises as `load_into`."""
+    def load_weights(self, model: nn.Module, *, averaged: bool = False) -> None:
+        """Gives the weights to the whole `model` in this process, rounded to its dtype. Raises as `load_into`.
+
+        With `averaged` those that are trained come from their running average.
+        """
         stored = read_forms(self.path)
-        parameters = {_WEIGHT + name: parameter for name, parameter in model.named_parameters()}
-        kept = {name: form for name, form in stored.items() if name.startswith(_WEIGHT)}
+        own = {name: parameter for name, parameter in model.named_parameters() if averaged and parameter.requires_grad}
+        parameters = {(_AVERAGE if name in own else _WEIGHT) + name: p for name, p in model.named_parameters()}
+        kept = {name: form for name, form in stored.items() if name.startswith(_AVERAGE if own else _WEIGHT)}
+        kept |= {name: form for name, form in stored.items() if name in parameters}
         self._check({n: Form.of(p.shape, _dtype(kept.get(n), p)) for n, p in parameters.items()}, kept)
         weights = {n: torch.empty(p.shape, dtype=_dtype(kept.get(n), p)) for n, p in parameters.items()}
         read_tensors(self.path, weights)
@@ -133,13 +156,15 @@ class Checkpoints:
         optimizer: Optimizer,
         more: Mapping[str, Tensor] | None = None,
         *,
+        of_rank: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
         extras: Any = None,
     ) -> None:
         """Writes the checkpoint of `step` durably, then removes the ones that are too old.
 
         It holds the tensors of the optimizer (with the weights that it moves), the parameters of `model` that need no
-        gradient, and `more`. `state`, the same on every rank, and `extras`, this rank's own, are what JSON can hold.
+        gradient, `more`, and `of_rank`, which no other rank shares. `state`, the same on every rank, and `extras`,
+        this rank's own, are what JSON can hold.
 
         Raises `NoSpace`, `PeerSilent` and `PeerFailed`: of this checkpoint, or in the background of the one before,
         for which it waits. What was there stays, and nothing is half there.
@@ -148,7 +173,7 @@ class Checkpoints:
         if self._reserving is not None:
             self._reserving.result()  # two at once would copy into the same buffers
             self._reserving = None
-        tensors = _contents(model, optimizer.state_tensors(), more)
+        tensors = _contents(model, optimizer.state_tensors(), more, _named(of_rank, self._agreement))
         plain = json.loads(json.dumps({"state": state or {}, "extras": extras}))
         if self._writer is None:
             self._saved.append(self._write(step, next_sample, tensors, **plain))
@@ -248,10 +273,24 @@ class Checkpoints:
         return Checkpoint(path, manifest, agreement)
 
 
-def _contents(model: nn.Module, own: Mapping[str, Tensor], more: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _contents(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    more: Mapping[str, Tensor] | None,
+    of_rank: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Everything that a checkpoint holds: the live tensors by name."""
     frozen = {_WEIGHT + name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return {**frozen, **own, **(more or {})}
+    return {**frozen, **own, **(more or {}), **(of_rank or {})}
+
+
+def _named(of_rank: Mapping[str, Tensor] | None, agreement: Agreement) -> dict[str, Tensor]:
+    """What is one rank's own, by names that no other rank uses, nor the same rank among another number of them."""
+    return {f"{_RANK}{agreement.rank}of{agreement.world_size}.{n}": tensor for n, tensor in (of_rank or {}).items()}
+
+
+def _of_ranks(forms: Mapping[str, Form]) -> dict[str, Form]:
+    return {name: form for name, form in forms.items() if name.startswith(_RANK)}
 
 
 def _dtype(form: Form | None, parameter: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from sihe.models.moe import MixtureOfExperts, mixtures
 from sihe.models.recompute import recompute
 from sihe.training.gradients import GradientBuffer, GradientSum
-from sihe.training.parallel.compression import bucket_sum
+from sihe.training.parallel.compression import PowerSum, bucket_sum
 from sihe.training.parallel.context import ContextAttention, positions_of_share, share_of_sequence
 from sihe.training.parallel.expert import cut_experts
 from sihe.training.parallel.held import Cut, Held
@@ -91,6 +91,7 @@ class ParallelModel:
             self.held.append(Held(name, parameter, cuts.get(origin, ()), is_expert, is_copy, rows))
         self._buffers: list[GradientBuffer] = []
         self._sums: list[GradientSum] = []
+        self._compressed: list[PowerSum] = []
         self._buffer_gradients()
 
     @property
@@ -179,6 +180,20 @@ class ParallelModel:
             if mixture.balance_steps is not None
         }
 
+    def rank_state(self) -> dict[str, Tensor]:
+        """What this rank alone remembers of compressed gradients, by name; the live tensors."""
+        return {
+            f"{kind}.{'copy.' if held.is_copy else ''}{held.name}": tensor
+            for held in self.held
+            for compressed in self._compressed
+            for kind, tensor in compressed.state_of(held.parameter).items()
+        }
+
+    def reset_rank_state(self) -> None:
+        """Forgets it, as before the first step."""
+        for compressed in self._compressed:
+            compressed.reset()
+
     def _biased(self) -> dict[str, MixtureOfExperts]:
         return {
             name: module
@@ -242,8 +257,10 @@ class ParallelModel:
             if parameters:
                 self._buffers.append(GradientBuffer(parameters))
                 if self.mesh is not None and self.mesh[name].size > 1:
-                    bucket = bucket_sum(self.plan, self.mesh[name].group)
+                    bucket = bucket_sum(self.plan, self.mesh[name].group, self._buffers[-1].parameters)
                     self._sums.append(GradientSum(self._buffers[-1], bucket))
+                    if isinstance(bucket, PowerSum):
+                        self._compressed.append(bucket)
 
 
 def _gradients(held: Iterable[Held]) -> list[Tensor]:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from sihe.training.gradients import PlainSum
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sihe.training.gradients import BucketSum, PendingSum
     from sihe.training.parallel.plan import ParallelPlan
 
 
-def bucket_sum(plan: ParallelPlan, group: dist.ProcessGroup) -> BucketSum:
-    """How `plan` sums gradients over `group`."""
+def bucket_sum(plan: ParallelPlan, group: dist.ProcessGroup, parameters: Sequence[nn.Parameter]) -> BucketSum:
+    """How `plan` sums the gradients of `parameters` over `group`."""
     match plan.compression:
         case "none":
             return PlainSum(group)
@@ -28,7 +30,7 @@ def bucket_sum(plan: ParallelPlan, group: dist.ProcessGroup) -> BucketSum:
         case "fp16":
             return HalfSum(group, torch.float16)
         case "powersgd":
-            return PowerSum(group, plan.powersgd_rank)
+            return PowerSum(group, plan.powersgd_rank, parameters)
 
 
 class HalfSum:
@@ -74,31 +76,46 @@ class PowerSum:
     """PowerSGD (Vogels et al. 2019, arXiv 1905.13727, algorithm 1): each matrix is sent as a product of rank R.
 
     What the approximation leaves out is added to the next step's gradient (error feedback), so that it is late and not
-    lost. The right factor of one step is the starting point of the next. Neither is in a checkpoint: a resumed run
-    starts them anew. Vectors, and matrices that would not get smaller, are sent as they are.
+    lost. The right factor of one step is the starting point of the next. Both are this rank's own, in a checkpoint too:
+    on other ranks they start anew. Vectors, and matrices that would not get smaller, are sent as they are.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, rank: int, parameters: Sequence[nn.Parameter]) -> None:
         self._group = group
-        self._rank = rank
         self._states: dict[nn.Parameter, _Factor] = {}
+        for parameter in parameters:
+            if parameter.ndim > 1 and rank * (len(parameter) + parameter[0].numel()) < parameter.numel():
+                shape = (len(parameter), parameter[0].numel())
+                self._states[parameter] = _Factor(shape, rank, len(self._states), parameter.device)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What is kept for `parameter` from step to step: the live tensors; none for one that is sent as it is."""
+        state = self._states.get(parameter)
+        return {} if state is None else {"error": state.error_MN, "right": state.right_NR}
+
+    def reset(self) -> None:
+        """Starts anew, as before the first step."""
+        for state in self._states.values():
+            state.reset()
 
     def start(self, bucket: Tensor, parameters: list[nn.Parameter]) -> PendingSum:
         """Sums `bucket`; two rounds of messages, the second of which needs the first, so nothing is left pending."""
         matrices, rest = [], []
         for parameter in parameters:
             assert parameter.grad is not None
-            grad_MN = parameter.grad.flatten(1) if parameter.ndim > 1 else None
-            if grad_MN is None or self._rank * sum(grad_MN.shape) >= grad_MN.numel():
-                rest.append(parameter.grad)
+            if parameter in self._states:
+                matrices.append((parameter.grad.flatten(1), self._states[parameter]))
             else:
-                state = self._states.setdefault(parameter, _Factor.start(grad_MN, self._rank, len(self._states)))
-                matrices.append((grad_MN, state))
+                rest.append(parameter.grad)
         replicas = dist.get_world_size(self._group)
+        left_MR = [(grad_MN + state.error_MN) @ state.right_NR for grad_MN, state in matrices]
+        self._sum([*left_MR, *rest])
+        if not all(bool(left.isfinite().all()) for left in left_MR):
+            for grad_MN, _ in matrices:
+                grad_MN.fill_(torch.inf)  # on every rank alike; what is kept stays clean for the step's next try
+            return _Done()
         for grad_MN, state in matrices:
             grad_MN += state.error_MN
-        left_MR = [grad_MN @ state.right_NR for grad_MN, state in matrices]
-        self._sum([*left_MR, *rest])
         left_MR = [torch.linalg.qr(left).Q for left in left_MR]
         right_NR = [grad_MN.T @ left for (grad_MN, _), left in zip(matrices, left_MR, strict=True)]
         own = [right.clone() for right in right_NR]
@@ -121,15 +138,16 @@ class PowerSum:
 class _Factor:
     """What is kept for one matrix from step to step."""
 
-    def __init__(self, error_MN: Tensor, right_NR: Tensor) -> None:
-        self.error_MN = error_MN
-        self.right_NR = right_NR
+    def __init__(self, shape: tuple[int, int], rank: int, number: int, device: torch.device) -> None:
+        self._number = number
+        self.error_MN = torch.zeros(shape, device=device)
+        self.right_NR = torch.empty(shape[1], rank, device=device)
+        self.reset()
 
-    @classmethod
-    def start(cls, grad_MN: Tensor, rank: int, number: int) -> _Factor:
+    def reset(self) -> None:
         """No error yet, and a random right factor, the same on each rank."""
-        random = torch.Generator().manual_seed(number)
-        return cls(torch.zeros_like(grad_MN), torch.randn(grad_MN.shape[1], rank, generator=random))
+        self.error_MN.zero_()
+        self.right_NR.copy_(torch.randn(self.right_NR.shape, generator=torch.Generator().manual_seed(self._number)))
 
 
 class _Done:
