@@ -277,7 +277,7 @@ def test_the_dtype_is_the_checkpoints_where_the_processor_has_it(
 ) -> None:
     folder = tiny_model(tmp_path / "model", dtype=torch.bfloat16)
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("sihe.serving.engine.runner.native_bf16", lambda supported=supported: supported)
+        monkeypatch.setattr("sihe.serving.engine.runner.has_bf16", lambda supported=supported: supported)
         assert ModelRunner.load(folder, EngineConfig()).cache.keys[0].dtype is expected
 
 

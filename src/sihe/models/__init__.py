@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "RecomputeConfig": "sihe.models.recompute_config",
         "UnsupportedModel": "sihe.models.errors",
         "apply_lora": "sihe.models.lora",
+        "has_bf16": "sihe.models.precision",
         "load_config": "sihe.models.checkpoint",
         "load_encoder": "sihe.models.checkpoint",
         "load_model": "sihe.models.checkpoint",

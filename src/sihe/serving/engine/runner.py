@@ -13,7 +13,7 @@ from sihe.core.errors import CorruptData, NotFound
 from sihe.models.checkpoint import load_model
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
-from sihe.models.precision import native_bf16
+from sihe.models.precision import has_bf16
 from sihe.serving.engine.attention import DecodeRow, PrefillRow, StepAttention
 from sihe.serving.engine.config import DType, EngineConfig
 from sihe.serving.engine.kv_cache import KvCache, bytes_per_slot, slots_within
@@ -50,7 +50,7 @@ class ModelRunner:
     def load(cls, folder: Path, config: EngineConfig) -> ModelRunner:
         """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading."""
         model_config, stored = _read_config(folder)
-        if config.dtype == "auto" and stored == "bfloat16" and not native_bf16():
+        if config.dtype == "auto" and stored == "bfloat16" and not has_bf16():
             stored = "float32"  # emulated bf16 is many times slower
         dtype = _DTYPES[stored if config.dtype == "auto" else config.dtype]
         capacity = min(config.max_context or model_config.max_positions, model_config.max_positions)
