@@ -33,6 +33,7 @@ _FREE = {
         "recovery",
     ),
 }
+_FREE_OF_DATA = {"prefetch", "cache_bytes", "cache_folder"}
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,15 @@ class DataConfig:
     """How often a data set of the mixture may be seen; a run that would need more is refused."""
     prefetch: int = 2
     """Batches that are read ahead."""
+    cache_bytes: int = 32 * 2**30
+    """Of the local disk, at most for shards of data sets at URLs; all ranks of a machine share it."""
+    cache_folder: str | None = None
+    """Where these shards are kept, on each machine: a local disk. Left out, among the data sets of the home folder."""
 
     def __post_init__(self) -> None:
         _check("data.packing", self.packing in get_args(Packing), " or ".join(get_args(Packing)), self.packing)
         _check("data.prefetch", self.prefetch >= 0, "not negative", self.prefetch)
+        _check("data.cache_bytes", self.cache_bytes >= 1, "positive", self.cache_bytes)
         _check("data.max_epochs", self.max_epochs > 0, "positive", self.max_epochs)
 
 
@@ -129,7 +135,8 @@ class TrainConfig:
     """A pretraining run. Raises `ConfigError` that names the key."""
 
     dataset: str
-    """A data set folder, or a name under the home folder: `stdlib`, `stdlib@3f2a…`."""
+    """A data set folder, a name under the home folder (`stdlib`, `stdlib@3f2a…`), or the URL of such a folder that
+    fsspec knows (`s3://…`), whose shards each machine then keeps in a cache (`data.cache_bytes`)."""
     model: ModelShape
     model_name: str
     """The model of which the result becomes a version."""
@@ -244,7 +251,7 @@ class TrainConfig:
         What is left out may differ when a run goes on: ranks, micro-batches, check points and where things are.
         """
         values = {key: value for key, value in asdict(self).items() if key not in {*_FREE, "model"}}
-        values["data"] = {key: value for key, value in values["data"].items() if key != "prefetch"}
+        values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_OF_DATA}
         if self.ema_decay is None:
             del values["ema_decay"]  # runs from before there were averages compute the same
         return values | {f"model.{key}": value for key, value in self.model.resolved(self.sequence_length).items()}

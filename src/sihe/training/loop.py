@@ -140,6 +140,7 @@ class TrainLoop:
             self.plan.config,
             self.plan.dataset,
             self.plan.sources,
+            cache=self.plan.cache,
             rank=self._parallel.batch_rank,
             ranks=self._spread.batch_ranks,
             start_sample=sample,

@@ -12,11 +12,13 @@ from typing import Any
 
 from sihe.core.errors import ConfigError, CorruptData, NoSpace, NotFound
 from sihe.core.files import write_file
+from sihe.data.loading.cache import ShardCache
 from sihe.data.loading.catalog import find_dataset
 from sihe.data.loading.dataset import TokenDataset
 from sihe.data.loading.manifest import DatasetManifest
+from sihe.data.loading.remote import is_url
 from sihe.models.config import ModelConfig
-from sihe.training.batches import open_batches
+from sihe.training.batches import open_batches, readers
 from sihe.training.config import TrainConfig
 from sihe.training.schedule import ScheduleConfig
 
@@ -38,6 +40,8 @@ class TrainPlan:
     identity: dict[str, Any]
     sources: dict[str, Path] = field(default_factory=dict)
     """The data sets of the mixture, by the names that the configuration gives them."""
+    cache: Path | None = None
+    """Where shards of data sets at URLs are kept; the folders above hold all else of these."""
 
     @property
     def identity_digest(self) -> str:
@@ -82,6 +86,7 @@ class TrainPlan:
             "model": asdict(self.model),
             "identity": self.identity,
             "sources": {name: str(path) for name, path in self.sources.items()},
+            "cache": None if self.cache is None else str(self.cache),
         }
         write_file(path, json.dumps(values, indent=1).encode())
 
@@ -97,29 +102,34 @@ class TrainPlan:
                 model=ModelConfig(**values["model"]),
                 identity=values["identity"],
                 sources={name: Path(path) for name, path in values.get("sources", {}).items()},
+                cache=Path(values["cache"]) if values.get("cache") else None,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptData(path, f"it is not a training plan: {error}") from error
 
 
 def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
-    """Checks `config` against its data set, a folder or a name under `datasets`, and settles what it leaves open.
+    """Checks `config` against its data set, a folder, URL or name under `datasets`, and settles what it leaves open.
 
-    Raises `NotFound`, `CorruptData` (checksums), `DatasetTooSmall`, `ConfigError`.
+    Of a data set at a URL the manifest and the tokenizer are fetched, and shards are looked for but not read. Raises
+    `NotFound`, `CorruptData` (checksums; at a URL, sizes), `DatasetTooSmall`, `ConfigError`, `Unreachable`.
     """
     if config.precision == "auto":
         from sihe.models.precision import native_bf16  # imports torch
 
         config = config.with_changes(precision="bf16" if native_bf16() else "fp32")
     _check_rule(config)
-    folder = find_dataset(config.dataset, datasets)
+    names = {config.dataset, *(name for part in config.data.mixture for name in part.weights)}
+    cache = Path(config.data.cache_folder or datasets / ".cache").absolute() if any(map(is_url, names)) else None
+    opened = {name: _open(name, config, datasets, cache) for name in names}
+    dataset = opened[config.dataset]
+    folder = dataset.folder
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():
             hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
             raise NotFound("tokenizer file", str(folder / name), hint=hint)
-    dataset = TokenDataset.open(folder)
-    sources = {name: find_dataset(name, datasets) for part in config.data.mixture for name in part.weights}
-    open_batches(config, folder, sources)  # makes the checks that need the data sets; it reads no batch
+    sources = {name: opened[name].folder for part in config.data.mixture for name in part.weights}
+    open_batches(config, folder, sources, cache=cache)  # makes the checks that need the data sets; it reads no batch
     sizes = config.model.resolved(config.sequence_length)
     if sizes["max_positions"] < config.sequence_length:
         raise ConfigError(
@@ -144,11 +154,29 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
     if config.plan.cp > 1 and (config.data.document_masks or config.data.packing == "documents"):
         raise ConfigError("parallel setting 'cp' must be 1 with document masks", key="parallel.cp")
     identity = config.identity() | {"dataset": manifest.key, "dataset.sha256": _content_digest(manifest)}
-    for name, source in sources.items():
-        identity[f"source.{name}"] = _content_digest(TokenDataset.open(source).manifest)
-    plan = TrainPlan(config, folder, manifest.key, model, identity, sources)
+    for name in sources:
+        identity[f"source.{name}"] = _content_digest(opened[name].manifest)
+    plan = TrainPlan(config, folder, manifest.key, model, identity, sources, cache)
     plan.schedule.at(0)  # one that cannot be says so
     return plan
+
+
+def _open(name: str, config: TrainConfig, datasets: Path, cache: Path | None) -> TokenDataset:
+    """The data set that `config` calls `name`, with all of its shards where they should be."""
+    if not is_url(name):
+        return TokenDataset.open(find_dataset(name, datasets))
+    assert cache is not None
+    dataset = TokenDataset.open(name, cache=ShardCache(cache, limit_bytes=config.data.cache_bytes))
+    far = dataset.remote_split("train")
+    assert far is not None
+    if far.largest_bytes * readers(config) > config.data.cache_bytes:
+        raise ConfigError(
+            f"training setting 'data.cache_bytes' must be at least {far.largest_bytes * readers(config):,}, a largest "
+            f"shard of {name} for each of {readers(config)} ranks, got {config.data.cache_bytes!r}",
+            key="data.cache_bytes",
+        )
+    far.check()
+    return dataset
 
 
 def _check_rule(config: TrainConfig) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
-from sihe.core.errors import AlreadyExists, CorruptData
+from sihe.core.errors import AlreadyExists, CorruptData, NotFound, SiheError
 from sihe.core.files import new_directory, write_file
 from sihe.core.telemetry import logger
 from sihe.data.loading.cache import RemoteShard, ShardCache
@@ -25,6 +26,39 @@ class CachedMaps:
         self._shards = shards
         self._manifest = manifest
         self._checked: set[int] = set()
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest shard."""
+        return max((shard.size_bytes for shard in self._shards), default=0)
+
+    def check(self) -> None:
+        """Asks whether every shard is there with its size; reads none. Raises `NotFound`, `CorruptData`."""
+        sizes = self._shards[0].source.sizes() if self._shards else {}
+        for shard in self._shards:
+            if shard.name not in sizes:
+                raise NotFound("remote file", shard.url, hint="publish the data set again")
+            if sizes[shard.name] != shard.size_bytes:
+                reason = f"it has {sizes[shard.name]:,} bytes and {shard.size_bytes:,} were written"
+                raise CorruptData(shard.url, reason, hint="publish the data set again")
+
+    def fetch_ahead(self, *, first: int = 0) -> None:
+        """Begins to fetch what the cache can hold, in a thread, from shard `first` on and round.
+
+        Without effect where not all of it fits: it would push out what is being read. Errors are logged only: whoever
+        reads the shard meets them.
+        """
+        if self._shards and sum(shard.size_bytes for shard in self._shards) <= self._cache.limit_bytes:
+            order = [*self._shards[first:], *self._shards[:first]]
+            Thread(target=self._fetch, args=(order,), name="shards-ahead", daemon=True).start()
+
+    def _fetch(self, shards: list[RemoteShard]) -> None:
+        for shard in shards:
+            try:
+                self._cache.lease(shard).close()
+            except SiheError as error:
+                _log.warning("shard_not_fetched_ahead", shard=shard.url, reason=str(error))
+                return
 
     def __getitem__(self, index: int, /) -> np.ndarray:
         tokens = self._cache.held(self._shards[index]).array(self._manifest.token_dtype)

@@ -22,7 +22,7 @@ from sihe.core.errors import ConfigError, CorruptData, InvalidInput
 from sihe.core.files import exclusive, sha256_of, write_file
 from sihe.core.telemetry import logger
 from sihe.data.loading.cache import ShardCache
-from sihe.data.loading.cached import cached_dataset
+from sihe.data.loading.cached import CachedMaps, cached_dataset
 from sihe.data.loading.manifest import FILE_NAME, DatasetManifest, Shard, Split, check_ids, read_manifest, split_named
 from sihe.data.loading.remote import is_url
 
@@ -103,6 +103,7 @@ class TokenDataset:
         self.folder = folder
         self.manifest = manifest
         self.verification = verification
+        self._maps = maps
         self._splits = {name: TokenSplit(name, shards, maps[name]) for name, shards in manifest.splits.items()}
 
     @classmethod
@@ -132,6 +133,11 @@ class TokenDataset:
             for name, shards in manifest.splits.items()
         }
         return cls(folder, manifest, verification, maps)
+
+    def remote_split(self, name: Split) -> CachedMaps | None:
+        """The shards of a split that lie at a URL; None for a local data set."""
+        maps = self._maps[name]
+        return maps if isinstance(maps, CachedMaps) else None
 
     @property
     def vocab_size(self) -> int:
