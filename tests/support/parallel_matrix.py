@@ -105,6 +105,7 @@ def _values() -> dict[int, list[dict[str, Any]]]:
         {"dp": 2, "ep": 2, "tp": 2},
         {"dp": 2, "ep": 2, "cp": 2},
         {**flow, "dp": 2, "ep": 2},
+        {**flow, "shard": 2, "zero": 3, "ep": 2},
     ]
     eight = [
         {"dp": 8},

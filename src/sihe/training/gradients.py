@@ -23,7 +23,7 @@ _BUCKET = 25 * 2**20 // 4  # elements: 25 MiB, as torch's DistributedDataParalle
 
 
 class GradientBuffer:
-    """Owns the gradients of `parameters`. Nobody else may set `.grad` (a `zero_grad` that sets `None` would)."""
+    """Owns the gradients of `parameters`. Who else sets `.grad` to `None` takes them out of it until the next `zero_`."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad][::-1]
@@ -35,13 +35,20 @@ class GradientBuffer:
             size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
             self.ends.append(size)
         self.flat = torch.zeros(size, dtype=torch.float32)
-        for parameter, start in zip(self.parameters, starts, strict=True):
+        self._views = [
+            self.flat[start : start + parameter.numel()].view_as(parameter)
+            for parameter, start in zip(self.parameters, starts, strict=True)
+        ]
+        for parameter in self.parameters:
             parameter.grad_dtype = torch.float32
-            parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
+        self.zero_()
 
     def zero_(self) -> None:
         """Starts a new sum."""
         self.flat.zero_()
+        # Again each time: before its first step, torch's pipeline sets the gradients of a stage with FSDP to None.
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.grad = view
 
 
 class BucketSum(Protocol):
