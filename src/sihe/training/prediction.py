@@ -34,7 +34,7 @@ def predicted_beside_measured(folder: Path, cluster: ClusterSpec) -> list[Compar
 
     Empty for a run without a step. Raises `CorruptData` for a folder that is none of a run.
     """
-    events = EventReader(folder / layout.EVENTS).new()
+    events = list(EventReader(folder / layout.EVENTS).new())
     steps = [event for event in events if isinstance(event, StepDone)]
     if not steps:
         return []
