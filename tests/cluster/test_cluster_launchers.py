@@ -254,7 +254,7 @@ def test_a_spent_budget_stays_spent(make_launcher: MakeLauncher, tmp_path: Path)
 
 # ---- hanging ------------------------------------------------------------------------------------------------------
 
-IMPATIENT = WatchPolicy(hang_timeout_s=1.0, startup_timeout_s=200)
+IMPATIENT = WatchPolicy(hang_timeout_s=3.0, startup_timeout_s=200)  # longer than a busy machine takes to end a rank
 
 
 @pytest.mark.parametrize("fate", ["stops-once", "gets-stuck-once"])
@@ -267,7 +267,7 @@ def test_a_hung_rank_is_shown_and_replaced(make_launcher: MakeLauncher, tmp_path
     assert isinstance(hung, RankHung)
     assert isinstance(restarting, Restarting)
     assert (hung.rank, hung.step, hung.pid) == (1, 3, started.pids[1])
-    assert hung.seconds >= 1
+    assert hung.seconds >= IMPATIENT.hang_timeout_s
     assert not any(is_alive(pid) for pid in started.pids)
     own, other = (hung.stacks.read_text(), (hung.stacks.parents[1] / "rank-0" / "stacks.log").read_text())
     assert "wait_forever" in other, "the rank that waits shows where"
