@@ -24,7 +24,7 @@ class Recoveries:
 
 
 def status_of(workspace: Workspace, run: Run) -> str:
-    """The run's status; INTERRUPTED for a training that says it runs although nobody supervises it any more."""
-    if run.status != "RUNNING" or run.experiment != EXPERIMENT:
-        return run.status
-    return TrainingService(workspace).run(run.id).status
+    """The run's status; INTERRUPTED for one that says it runs although nobody runs it any more."""
+    if run.status == "RUNNING" and run.experiment == EXPERIMENT:
+        return TrainingService(workspace).run(run.id).status  # a supervisor may be on another machine
+    return "INTERRUPTED" if run.is_abandoned else run.status

@@ -22,12 +22,14 @@ from sqlalchemy.exc import IntegrityError
 from sihe.core.clock import Clock
 from sihe.core.errors import Busy, InvalidInput, NoSpace, NotFound, Unreachable
 from sihe.core.ids import check_name
+from sihe.core.processes import is_gone, this_process
 from sihe.core.records import Records
 from sihe.core.records.tables import lineage
 from sihe.core.storage import ObjectStore
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 _MAX_PARAM = 6000  # characters: MLflow's limit for one parameter value
+_PROCESS = "sihe.process"  # who opened the run, or went on with it
 _MAX_METRICS = 1000  # MLflow's limit for one batch
 
 
@@ -44,6 +46,11 @@ class Run:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it says that it runs, and the process that ran it is gone from this machine."""
+        return self.status == "RUNNING" and is_gone(self.tags.get(_PROCESS, ""))
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,9 @@ class Tracking:
         """Opens a run; its id."""
         with _mlflow_errors(self._uri):
             run = self.client.create_run(
-                self._experiment_id(experiment), run_name=name, tags={"sihe.experiment": experiment, **(tags or {})}
+                self._experiment_id(experiment),
+                run_name=name,
+                tags={"sihe.experiment": experiment, _PROCESS: this_process(), **(tags or {})},
             )
         run_id: str = run.info.run_id
         if params:
@@ -180,6 +189,7 @@ class Tracking:
         with _mlflow_errors(self._uri):
             if status == "RUNNING":
                 self.client.update_run(run_id, status=status)
+                self.client.set_tag(run_id, _PROCESS, this_process())
             else:
                 self.client.set_terminated(run_id, status=status)
 
