@@ -109,7 +109,15 @@ def test_the_gradients_of_a_model_stay_near_float32(name: str) -> None:
 
 def test_what_this_processor_multiplies_faster_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
-    monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
+    tries = iter(range(10**6))
+
+    def product_s(dtype: torch.dtype) -> float:
+        assert torch.get_num_threads() == 1
+        disturbance = next(tries) % 7  # some tries are disturbed, the best of each is not
+        return seconds[dtype] + 5.0 * disturbance
+
+    monkeypatch.setattr(precision, "_product_s", product_s)
+    threads = torch.get_num_threads()
     for amx, avx512, bf16_s, expected in (
         (True, True, 9.0, True),
         (False, True, 1.0, True),
@@ -121,3 +129,4 @@ def test_what_this_processor_multiplies_faster_is_measured(monkeypatch: pytest.M
         monkeypatch.setattr(precision, "_has", answers.__getitem__)
         assert precision.native_bf16.__wrapped__() is expected
     assert precision.native_bf16.__wrapped__("meta") is False
+    assert torch.get_num_threads() == threads
