@@ -23,7 +23,7 @@ _BUCKET = 25 * 2**20 // 4  # elements: 25 MiB, as torch's DistributedDataParalle
 
 
 class GradientBuffer:
-    """Owns the gradients of `parameters`. Who else sets `.grad` to `None` takes them out of it until the next `zero_`."""
+    """Owns the gradients of `parameters`. Who else sets a `.grad` to `None` takes it out until the next `zero_`."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad][::-1]

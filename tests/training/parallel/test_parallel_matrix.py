@@ -22,7 +22,7 @@ def test_plans_on_two_ranks(model: str, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_with_shards_and_experts_of_one_rank(tmp_path: Path) -> None:
-    """Before its first step torch's pipeline drops the gradients of what FSDP leaves alone; they stay in their memory."""
+    """Before its first step torch's pipeline drops the gradients of what FSDP leaves alone."""
     (row,) = run(4, "experts", tmp_path, None, slice(-1, None))
     assert row.plan == "pp2 x shard2 x ep2, ZeRO-3, 1f1b"
     assert row.holds
