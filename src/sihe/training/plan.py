@@ -124,10 +124,7 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
     opened = {name: _open(name, config, datasets, cache) for name in names}
     dataset = opened[config.dataset]
     folder = dataset.folder
-    for name in TOKENIZER_FILES:
-        if not (folder / name).is_file():
-            hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
-            raise NotFound("tokenizer file", str(folder / name), hint=hint)
+    _check_tokenizer(folder)
     sources = {name: opened[name].folder for part in config.data.mixture for name in part.weights}
     open_batches(config, folder, sources, cache=cache)  # makes the checks that need the data sets; it reads no batch
     sizes = config.model.resolved(config.sequence_length)
@@ -164,7 +161,10 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
 def _open(name: str, config: TrainConfig, datasets: Path, cache: Path | None) -> TokenDataset:
     """The data set that `config` calls `name`, with all of its shards where they should be."""
     if not is_url(name):
-        return TokenDataset.open(find_dataset(name, datasets))
+        folder = find_dataset(name, datasets)
+        if name == config.dataset:
+            _check_tokenizer(folder)  # before its checksum is missed
+        return TokenDataset.open(folder)
     assert cache is not None
     dataset = TokenDataset.open(name, cache=ShardCache(cache, limit_bytes=config.data.cache_bytes))
     far = dataset.remote_split("train")
@@ -177,6 +177,13 @@ def _open(name: str, config: TrainConfig, datasets: Path, cache: Path | None) ->
         )
     far.check()
     return dataset
+
+
+def _check_tokenizer(folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if not (folder / name).is_file():
+            hint = "the trained model could not be used without; prepare the data set with  sihe text prepare"
+            raise NotFound("tokenizer file", str(folder / name), hint=hint)
 
 
 def _check_rule(config: TrainConfig) -> None:
