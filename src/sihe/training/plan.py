@@ -124,7 +124,6 @@ def make_plan(config: TrainConfig, datasets: Path) -> TrainPlan:
     opened = {name: _open(name, config, datasets, cache) for name in names}
     dataset = opened[config.dataset]
     folder = dataset.folder
-    _check_tokenizer(folder)
     sources = {name: opened[name].folder for part in config.data.mixture for name in part.weights}
     open_batches(config, folder, sources, cache=cache)  # makes the checks that need the data sets; it reads no batch
     sizes = config.model.resolved(config.sequence_length)
@@ -176,6 +175,8 @@ def _open(name: str, config: TrainConfig, datasets: Path, cache: Path | None) ->
             key="data.cache_bytes",
         )
     far.check()
+    if name == config.dataset:
+        _check_tokenizer(dataset.folder)
     return dataset
 
 
