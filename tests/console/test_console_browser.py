@@ -219,9 +219,12 @@ def test_the_playground_streams_and_stops(context: BrowserContext, address: str)
     assert "context" in page.locator("#trouble").inner_text()
     page.fill("textarea", "the")
     page.fill("input[name=max_tokens]", "100")
-    page.click("#send")
-    page.click("#stop")
+    # Both at once: so small a model may be done before the browser's next action.
+    page.evaluate("for (const id of ['send', 'stop']) document.getElementById(id).click()")
     expect(page.locator("#send")).to_be_enabled(timeout=20_000)
+    stopped = page.locator("form[data-stopped]").get_attribute("data-stopped")
+    assert stopped
+    assert page.locator("#m-finish").inner_text() == stopped
 
 
 def test_an_answer_leads_to_the_words_it_rests_on(context: BrowserContext, address: str) -> None:
