@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from sihe.cluster.launchers import reports
 from sihe.cluster.launchers.stacks import DUMP_SIGNAL, STACKS_FILE
@@ -28,27 +29,34 @@ sysexits.h)."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def supervised(main: Callable[[], None]) -> None:
+def supervised(main: Callable[[], None]) -> NoReturn:
     """Runs `main` as one rank of a job, and ends the process with its exit code.
 
-    An error is written to the report that the launcher reads. The exit after an error is immediate: destructors of a
-    process group may wait for peers that are gone.
+    An error is written to the report that the launcher reads. The end is immediate, without that of the interpreter:
+    destructors of a process group may wait for peers that are gone, and a thread of foreign code that comes back to an
+    interpreter which ends is torn out of that code, which aborts the process ("terminate called without an active
+    exception"). So `main` finishes what it writes, and handlers of `atexit` do not run.
     """
     _die_with_launcher()
     _show_stacks_when_asked()
+    code = 0
     try:
         main()
-    except SystemExit:
-        raise
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if isinstance(exit_.code, str):
+            sys.stderr.write(f"{exit_.code}\n")
     except BaseException as error:  # noqa: BLE001 - the process ends here, whatever it was
+        code = 1
         with suppress(OSError):
             if path := os.environ.get(ERROR_FILE):
                 reports.write(Path(path), error)
         with suppress(OSError):
             traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _die_with_launcher() -> None:
