@@ -14,7 +14,6 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -22,35 +21,16 @@ from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.telemetry import logger
 from sihe.serving.engine.config import EngineConfig
-from sihe.serving.engine.detokenizer import StopFilter, TextDecoder
-from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, RequestStats, StepStats
+from sihe.serving.engine.detokenizer import StopFilter
+from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
 from sihe.serving.engine.runner import ModelRunner, Work
-from sihe.serving.engine.sampler import Draw, Sampled
+from sihe.serving.engine.sampler import Sampled
 from sihe.serving.engine.scheduler import Scheduler, StepPlan
+from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.stream import GenerationStream, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
-from sihe.serving.engine.types import FinishReason, GenerationEvent, GenerationRequest, TokenLogprob, Usage
+from sihe.serving.engine.types import GenerationEvent, GenerationRequest, TokenLogprob, Usage
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A request inside the engine."""
-
-    request: GenerationRequest
-    prompt: list[int]
-    max_tokens: int
-    seed: int
-    stop_ids: frozenset[int]
-    stream: GenerationStream
-    decoder: TextDecoder
-    stop: StopFilter
-    on_done: Callable[[], None] | None
-    submitted_s: float
-    slot: int | None = None
-    output: list[int] = field(default_factory=list)
-    admitted_s: float | None = None
-    first_token_s: float | None = None
 
 
 class Engine:
@@ -83,8 +63,8 @@ class Engine:
         self._mean_request_s = 1.0
         # Shared with callers, under the condition; everything else belongs to the engine's thread.
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[int, _Sequence | None]] = deque()  # None: abort
-        self._sequences: dict[int, _Sequence] = {}
+        self._inbox: deque[tuple[int, Sequence | None]] = deque()  # None: abort
+        self._sequences: dict[int, Sequence] = {}
         self._closing = False
         self._abandon = False
         self._death: BaseException | None = None
@@ -125,7 +105,7 @@ class Engine:
         if room < 1:
             raise ContextTooLong(limit=self.context_tokens, actual=len(prompt))
         id = next(self._ids)
-        sequence = _Sequence(
+        sequence = Sequence(
             request=request,
             prompt=prompt,
             max_tokens=min(room, request.max_tokens or room),
@@ -279,11 +259,11 @@ class Engine:
         for id in plan.decode:
             sequence = self._sequences[id]
             position = len(sequence.prompt) + len(sequence.output) - 1
-            work[id] = Work(_slot(sequence), sequence.output[-1:], position, _draw(sequence))
+            work[id] = Work(sequence.held_slot, sequence.output[-1:], position, sequence.draw())
         for chunk in plan.prefill:
             sequence = self._sequences[chunk.id]
             tokens = sequence.prompt[chunk.start : chunk.start + chunk.length]
-            work[chunk.id] = Work(_slot(sequence), tokens, chunk.start, _draw(sequence) if chunk.last else None)
+            work[chunk.id] = Work(sequence.held_slot, tokens, chunk.start, sequence.draw() if chunk.last else None)
         return work
 
     def _compute(self, work: dict[int, Work], wakes: list[Wake]) -> None:
@@ -310,7 +290,7 @@ class Engine:
             if wake is not None:
                 wakes.append(wake)
 
-    def _accept(self, id: int, sequence: _Sequence, sampled: Sampled) -> Wake | None:
+    def _accept(self, id: int, sequence: Sequence, sampled: Sampled) -> Wake | None:
         """Takes a sampled token into the answer and tells the reader."""
         if not sampled.is_finite:
             self._fail(id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity"))
@@ -318,7 +298,7 @@ class Engine:
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock.monotonic_s()
         sequence.output.append(sampled.token)
-        text, reason = _read(sequence, sampled.token)
+        text, reason = sequence.read(sampled.token)
         event = GenerationEvent(
             text=text,
             token_ids=(sampled.token,),
@@ -337,7 +317,7 @@ class Engine:
             wake = sequence.stream.fail(error)
             wake_readers([wake] if wake else [])
 
-    def _leave(self, id: int, outcome: Outcome) -> _Sequence | None:
+    def _leave(self, id: int, outcome: Outcome) -> Sequence | None:
         """Frees everything that a request holds."""
         with self._changed:
             sequence = self._sequences.pop(id, None)
@@ -348,55 +328,7 @@ class Engine:
             self._runner.cache.free(sequence.slot)
         now_s = self._clock.monotonic_s()
         self._mean_request_s += 0.1 * (now_s - sequence.submitted_s - self._mean_request_s)
-        self._observer.on_request(_stats(sequence, outcome, now_s))
+        self._observer.on_request(sequence.stats(outcome, now_s))
         if sequence.on_done is not None:
             sequence.on_done()
         return sequence
-
-
-def _slot(sequence: _Sequence) -> int:
-    assert sequence.slot is not None, "only sequences with a slot are planned"
-    return sequence.slot
-
-
-def _draw(sequence: _Sequence) -> Draw:
-    request = sequence.request
-    return Draw(
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        seed=sequence.seed,
-        position=len(sequence.output),
-        logprobs=request.logprobs,
-    )
-
-
-def _read(sequence: _Sequence, token: int) -> tuple[str, FinishReason | None]:
-    """The text that `token` adds, and whether the answer ends with it."""
-    reason: FinishReason | None = None
-    text = ""
-    if token in sequence.stop_ids and not sequence.request.ignore_eos:
-        reason = "stop"
-    else:
-        text = sequence.stop.push(sequence.decoder.push(token))
-        if sequence.stop.is_stopped:
-            reason = "stop"
-        elif len(sequence.output) >= sequence.max_tokens:
-            reason = "length"
-    if reason is not None and not sequence.stop.is_stopped:
-        text += sequence.stop.push(sequence.decoder.flush()) + sequence.stop.flush()
-        if sequence.stop.is_stopped:
-            reason = "stop"
-    return text, reason
-
-
-def _stats(sequence: _Sequence, outcome: Outcome, now_s: float) -> RequestStats:
-    begun_s, first_s, tokens = sequence.admitted_s, sequence.first_token_s, len(sequence.output)
-    return RequestStats(
-        outcome=outcome,
-        prompt_tokens=len(sequence.prompt),
-        completion_tokens=tokens,
-        queue_s=None if begun_s is None else begun_s - sequence.submitted_s,
-        ttft_s=None if first_s is None else first_s - sequence.submitted_s,
-        tpot_s=None if first_s is None or tokens < 2 else (now_s - first_s) / (tokens - 1),
-    )
