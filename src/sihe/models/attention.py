@@ -67,15 +67,16 @@ class Mixing(nn.Module):
                 self.bias = RelativeBias(
                     config.num_heads, positions.buckets, positions.max_distance, causal=self.causal
                 )
-        self.is_plain = self.causal and self.bias is None and config.attention.window is None
+        self.window = config.attention.window
 
     def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, places: Places, attend: Attend | None) -> Tensor:
         """Mixed values, [B, T, N, H]. Raises `ConfigError` where `attend` would not compute what the model asks for."""
         if attend is not None:
-            if not self.is_plain or places.mask is not None:
+            window = getattr(attend, "window", None)
+            if not self.causal or self.bias is not None or places.mask is not None or window != self.window:
                 raise ConfigError(
-                    "another attention can only take the place of plain causal attention, and this model or pass has "
-                    "a window, documents, a bias on scores or no causal mask",
+                    "another attention can only take the place of causal attention over the same window, and this "
+                    "model or pass has another window, documents, a bias on scores or no causal mask",
                     key="attention",
                 )
             return attend(self.layer, q_BTNH, k_BTKH, v_BTKH)

@@ -44,31 +44,44 @@ class PlaceTable:
             self._rotary = RotaryTable(width, config.max_positions, config.rope_theta, config.positions.scaling)
 
     def prefix(
-        self, length: int, device: torch.device, dtype: torch.dtype, documents_BT: Tensor | None = None
+        self,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        documents_BT: Tensor | None = None,
+        *,
+        windowed: bool = True,
     ) -> Places:
-        """Positions 0 .. length - 1, or those in the documents. Raises `TooLarge` for a longer sequence than may be."""
+        """Positions 0 .. length - 1, or those in the documents. Raises `TooLarge` for a longer sequence than may be.
+
+        Without `windowed` the model's window is left to whoever attends.
+        """
         check_length(length, self._max_positions)
         if documents_BT is not None:
-            return self.at(positions_in(documents_BT), dtype, documents_BT)
+            return self.at(positions_in(documents_BT), dtype, documents_BT, windowed=windowed)
         rotation = None if self._rotary is None else self._rotary.prefix(length, device, dtype)
-        return Places(rotation, *self._sight(length, device, None))
+        return Places(rotation, *self._sight(length, device, None, windowed=windowed))
 
-    def at(self, positions_BT: Tensor, dtype: torch.dtype, documents_BT: Tensor | None = None) -> Places:
+    def at(
+        self, positions_BT: Tensor, dtype: torch.dtype, documents_BT: Tensor | None = None, *, windowed: bool = True
+    ) -> Places:
         """Given positions; who sees whom goes by the order of the tokens all the same."""
         rotation = None if self._rotary is None else self._rotary.at(positions_BT, dtype)
-        return Places(rotation, *self._sight(positions_BT.shape[1], positions_BT.device, documents_BT))
+        sight = self._sight(positions_BT.shape[1], positions_BT.device, documents_BT, windowed=windowed)
+        return Places(rotation, *sight)
 
     def _sight(
-        self, length: int, device: torch.device, documents_BT: Tensor | None
+        self, length: int, device: torch.device, documents_BT: Tensor | None, *, windowed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Mask and distances, where the kernel's own causal mask does not do."""
-        if self._window is None and documents_BT is None and not self._has_bias:
+        window = self._window if windowed else None
+        if window is None and documents_BT is None and not self._has_bias:
             return None, None
         place = torch.arange(length, device=device)
         distance_TS = place - place[:, None]
         mask_BTS = (distance_TS <= 0 if self._causal else torch.ones_like(distance_TS, dtype=torch.bool))[None]
-        if self._window is not None:
-            mask_BTS = mask_BTS & (distance_TS.abs() < self._window)
+        if window is not None:
+            mask_BTS = mask_BTS & (distance_TS.abs() < window)
         if documents_BT is not None:
             run_BT = _starts(documents_BT).cumsum(1)
             mask_BTS = mask_BTS & (run_BT[:, :, None] == run_BT[:, None])

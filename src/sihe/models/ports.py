@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class Attend(Protocol):
     """Attention of one layer, as the decoder calls it.
 
-    A serving engine hands in one that writes keys and values to its cache and attends over what the cache holds.
+    A serving engine hands in one that writes keys and values to its cache and attends over what the cache holds. Where
+    the model has a window, an attribute `window` says that this attention keeps to it.
     """
 
     def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, /) -> Tensor:

@@ -128,9 +128,9 @@ class Transformer(nn.Module):
             positions_BT = positions_in(documents_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, types_BT)
         if positions_BT is None:
-            places = self.places.prefix(tokens_BT.shape[1], x_BTD.device, x_BTD.dtype)
+            places = self.places.prefix(tokens_BT.shape[1], x_BTD.device, x_BTD.dtype, windowed=attend is None)
         else:
-            places = self.places.at(positions_BT, x_BTD.dtype, documents_BT)
+            places = self.places.at(positions_BT, x_BTD.dtype, documents_BT, windowed=attend is None)
         for block in self.blocks:
             x_BTD = block(x_BTD, places, attend)
         return self.norm(x_BTD)

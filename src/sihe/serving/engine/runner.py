@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sihe.core.errors import CorruptData, NotFound
 from sihe.models.checkpoint import load_model
@@ -15,7 +16,10 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.precision import has_bf16
 from sihe.serving.engine.attention import DecodeRow, PrefillRow, StepAttention
+from sihe.serving.engine.compute.paged import TorchCompute
+from sihe.serving.engine.compute.step import Compute, Feed, Step
 from sihe.serving.engine.config import DType, EngineConfig
+from sihe.serving.engine.kv.storage import KvPages, blocks_within
 from sihe.serving.engine.kv_cache import KvCache, bytes_per_slot, slots_within
 from sihe.serving.engine.memory import available_bytes
 from sihe.serving.engine.sampler import Draw, Sampled, sample
@@ -108,6 +112,65 @@ class ModelRunner:
             sampled = sample(logits_BV, [item.draw for item in drawing if item.draw is not None])
         by_slot = {item.slot: chosen for item, chosen in zip(drawing, sampled, strict=True)}
         return [by_slot.get(item.slot) for item in work]
+
+
+class Runner:
+    """A model and the pages of its sequences: tokens in, logits out. Used by one thread."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, pages: KvPages, *, context: int) -> None:
+        self.config = config
+        self.context = context  # tokens of the longest sequence
+        self._compute = compute
+        self._pages = pages
+
+    @classmethod
+    def load(cls, folder: Path, config: EngineConfig) -> Runner:
+        """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading."""
+        model_config, stored = _read_config(folder)
+        if config.dtype == "auto" and stored == "bfloat16" and not has_bf16():
+            stored = "float32"  # emulated bf16 is many times slower
+        dtype = _DTYPES[stored if config.dtype == "auto" else config.dtype]
+        context = min(config.max_context or model_config.max_positions, model_config.max_positions)
+        available = available_bytes()
+        weights = model_config.num_parameters * dtype.itemsize
+        if weights > available:
+            raise NoMemory(
+                f"the model in {folder.name!r} as {dtype}",
+                needed_bytes=weights,
+                available_bytes=available,
+                hint="free memory (another version may still be draining) or serve a smaller model",
+            )
+        num_blocks = blocks_within(
+            model_config,
+            sequences=config.max_batch_size,
+            context=context,
+            dtype=dtype,
+            budget_bytes=config.kv_cache_bytes or max((available - weights) // 4, 0),
+        )
+        model = load_model(folder, dtype=dtype).eval().requires_grad_(False)
+        pages = KvPages(model_config, num_blocks=num_blocks, dtype=dtype)
+        return cls(model_config, TorchCompute(model, pages), pages, context=context)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache; they are numbered from 0."""
+        return self._pages.num_blocks
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block in all layers."""
+        return self._pages.bytes_per_block
+
+    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+        """Logits of the last `num_logits` tokens of each feed, float32 [O, V], in order; good until the next call.
+
+        Positions are written from their start, so a step that raised can be run again, whole or in parts.
+        """
+        return self._compute.forward(Step.of(feeds))
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Makes block `target` hold what `source` does."""
+        self._pages.copy(source, target)
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, DType]:

@@ -1,0 +1,87 @@
+"""The tensors behind the blocks: keys and values of 16 tokens each, in every layer.
+
+A page holds the keys of one block and one head as [D, 16], so that a kernel finds the same dim of 16 tokens side by
+side and scores them in one register; values lie as [16, D]. Which sequence a block belongs to, and which blocks are
+free, is not known here (`blocks.py`).
+
+Shapes: L layers, P blocks, K KV heads, D head dim, V width of a value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sihe.models.config import ModelConfig
+from sihe.serving.errors import NoMemory
+
+BLOCK_TOKENS = 16
+"""Tokens of a block: as many as float32 lanes of the widest registers, and vLLM's default."""
+
+
+class KvPages:
+    """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]. Memory that no token has touched is not resident."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.bytes_per_block = bytes_per_block(config, dtype)
+        common = (config.num_layers, num_blocks, config.num_kv_heads)
+        key_dim, value_dim = _widths(config)
+        self.keys = _zeros((*common, key_dim, BLOCK_TOKENS), dtype, device)
+        self.values = _zeros((*common, BLOCK_TOKENS, value_dim), dtype, device)
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes block `target` hold what `source` does."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+
+def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of `BLOCK_TOKENS` tokens in every layer."""
+    return BLOCK_TOKENS * config.num_layers * config.num_kv_heads * sum(_widths(config)) * dtype.itemsize
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks that `tokens` take."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: torch.dtype, budget_bytes: int) -> int:
+    """Blocks for `sequences` of `context` tokens each, or as many as the budget holds.
+
+    Raises `NoMemory` where it does not hold one sequence.
+    """
+    each, one = bytes_per_block(config, dtype), blocks_of(context)
+    if one * each > budget_bytes:
+        raise NoMemory(
+            f"the KV cache of one sequence of {context} tokens",
+            needed_bytes=one * each,
+            available_bytes=budget_bytes,
+            hint="lower max_context or raise kv_cache_bytes",
+        )
+    return min(sequences * one, budget_bytes // each)
+
+
+def _widths(config: ModelConfig) -> tuple[int, int]:
+    latent = config.attention.latent
+    return config.head_dim, config.head_dim if latent is None else latent.value_dim
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Zeros; on a CPU such that the system maps lazily (`calloc`), where `torch.zeros` would touch every page.
+
+    Zeros, because attention reads to the end of a block under a mask, and what is masked must still be finite.
+    """
+    if device is not None and device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
