@@ -175,7 +175,6 @@ class GenerationRequest:
             self.logprobs,
             f"0 to {MAX_LOGPROBS}",
         )
-        _check(bool(self.tenant), "tenant", self.tenant, "a name")
         _check(abs(self.priority) <= MAX_PRIORITY, "priority", self.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
 
 
