@@ -12,18 +12,20 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from sihe.core.errors import Busy
+from sihe.serving.engine.tools import whole_calls
 from sihe.serving.engine.types import Generation, GenerationEvent, join_events
 from sihe.serving.errors import StreamClosed
 
 Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+Heard = GenerationEvent | BaseException | None  # what a listener is told: an event, the error at the end, or "closed"
 
 
 class GenerationStream:
     """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
 
-    `served_by` names the model version that answers, and `token_text` spells its tokens. `close` aborts what has not
-    been generated yet; leaving the stream as a context manager closes it. An error of the request is raised to the
-    reader, after the events that came before.
+    `served_by` names the model version that answers, and `token_text` spells its tokens; `arm` is the deployment's arm
+    that it came through, where a gateway says so. `close` aborts what has not been generated yet; leaving the stream as
+    a context manager closes it. An error of the request is raised to the reader, after the events that came before.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class GenerationStream:
     ) -> None:
         self.id = id
         self.served_by = served_by
+        self.arm = ""
         self.token_text = token_text
         self._abort = abort
         self._changed = threading.Condition()
@@ -38,6 +41,7 @@ class GenerationStream:
         self._error: BaseException | None = None
         self._ended = False  # nothing more will come
         self._waiter: Wake | None = None
+        self._listener: Callable[[Heard], None] | None = None
 
     # ---- the reader's side ------------------------------------------------------------------------------------------
 
@@ -85,6 +89,7 @@ class GenerationStream:
                 return
             self._ended = True
             self._events.clear()
+            self._tell(None)
             self._changed.notify_all()
             wake, self._waiter = self._waiter, None
         self._abort(self.id)
@@ -96,6 +101,21 @@ class GenerationStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def watch(self, listener: Callable[[Heard], None]) -> None:
+        """Tells `listener` what comes from here on, and first what has come and no reader has taken yet.
+
+        It hears each event, then the error that ends the stream, or None when the reader closes it before its end, on
+        the thread that does so: it must return at once, raise nothing, and leave this stream alone.
+        """
+        with self._changed:
+            self._listener = listener
+            for event in self._events:
+                listener(event)
+            if self._error is not None:
+                listener(self._error)
+            elif self._ended and not self._events:
+                listener(None)
 
     # ---- the engine's side ------------------------------------------------------------------------------------------
 
@@ -115,9 +135,14 @@ class GenerationStream:
                 self._events.append(event)
             self._error = error
             self._ended = ended
+            self._tell(event if error is None else error)
             self._changed.notify_all()
             wake, self._waiter = self._waiter, None
             return wake
+
+    def _tell(self, heard: Heard) -> None:
+        if self._listener is not None:
+            self._listener(heard)
 
     def _take(self) -> GenerationEvent | None:
         if self._events:
@@ -152,4 +177,11 @@ def _whole(events: list[GenerationEvent]) -> Generation:
         raise StreamClosed("the stream was closed before its end")
     event = join_events(events)
     assert event.finish_reason is not None
-    return Generation(event.text, event.token_ids, event.usage, event.finish_reason, event.logprobs)
+    return Generation(
+        event.text,
+        event.token_ids,
+        event.usage,
+        event.finish_reason,
+        event.logprobs,
+        whole_calls(event.tool_calls),
+    )

@@ -101,6 +101,12 @@ class Route:
                     self._changed.notify_all()  # bring in another
                 raise NotReady(self.name, str(error)) from error
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica would take a request at this moment. Asked for every request: takes no lock."""
+        serving = self._serving
+        return serving is not None and serving.is_serving
+
     def status(self) -> DeploymentStatus:
         """What is, as far as this process knows."""
         with self._changed:
