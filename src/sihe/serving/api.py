@@ -97,7 +97,7 @@ async def _generate(request: Request, gateway: Gateway, body: CompletionRequest 
     stream = await run_in_threadpool(gateway.generate, body.model, body.to_generation())
     watch = asyncio.create_task(_close_when_gone(request.receive, stream))
     prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
-    answer = Answer(kind, new_id(prefix), int(time.time()), body.model, stream.served_by, stream.token_text)
+    answer = Answer(kind, new_id(prefix), int(time.time()), body.model, stream.served_by)
     headers = {VERSION_HEADER: stream.served_by}
     began = False
     try:

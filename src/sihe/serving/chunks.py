@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from sihe.serving.engine.types import FinishReason, Generation, GenerationEvent,
 
 DONE = b"data: [DONE]\n\n"
 Kind = Literal["text_completion", "chat.completion"]
-TokenText = Callable[[int], str]
 
 
 def usage_body(usage: Usage) -> dict[str, int]:
@@ -27,10 +26,9 @@ def usage_body(usage: Usage) -> dict[str, int]:
 class Answer:
     """One answer of `served_by`, in the form of its endpoint."""
 
-    def __init__(self, kind: Kind, id: str, created: int, model: str, served_by: str, token_text: TokenText) -> None:
+    def __init__(self, kind: Kind, id: str, created: int, model: str, served_by: str) -> None:
         self._kind = kind
         self._is_chat = kind == "chat.completion"
-        self._token_text = token_text
         self._offset = 0  # characters of the tokens listed so far
         self._head: dict[str, Any] = {"id": id, "created": created, "model": model, "system_fingerprint": served_by}
         # {"id":…,"choices":[{"index":0,"delta":{"content":  TEXT  },"finish_reason":null}]}
@@ -89,37 +87,39 @@ class Answer:
             return {
                 "content": [
                     {
-                        **self._entry(item.token_id, item.logprob),
-                        "top_logprobs": [self._entry(token, logprob) for token, logprob in item.top],
+                        **_entry(item),
+                        "top_logprobs": [_entry(other) for other in item.top],
                     }
                     for item in items
                 ],
                 "refusal": None,
             }
-        tokens = [self._token_text(item.token_id) for item in items]
+        tokens = [item.text for item in items]
         ends = list(accumulate((len(token) for token in tokens), initial=self._offset))
         self._offset = ends[-1]
         return {
             "tokens": tokens,
             "token_logprobs": [item.logprob for item in items],
-            "top_logprobs": [self._by_text(item.top) for item in items],
+            "top_logprobs": [_by_text(item.top) for item in items],
             "text_offset": ends[:-1],
         }
 
-    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """Tokens by their text, as this endpoint wants it; one whose text another has already goes by its id.
 
-        Tokens that are parts of a character all read as the replacement character.
-        """
-        named: dict[str, float] = {}
-        for token, logprob in top:
-            text = self._token_text(token)
-            named[f"token_id:{token}" if text in named else text] = logprob
-        return named
+def _by_text(top: Sequence[TokenLogprob]) -> dict[str, float | None] | None:
+    """Tokens by their text, as completions want it; one whose text another has already goes by its id.
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    Tokens that are parts of a character all read as the replacement character. None where there is nothing, as for the
+    first token of a prompt.
+    """
+    named: dict[str, float | None] = {}
+    for item in top:
+        text = item.text
+        named[f"token_id:{item.token_id}" if text in named else text] = item.logprob
+    return named
+
+
+def _entry(item: TokenLogprob) -> dict[str, Any]:
+    return {"token": item.text, "logprob": item.logprob, "bytes": list(item.piece)}
 
 
 def error_chunk(body: dict[str, Any]) -> bytes:

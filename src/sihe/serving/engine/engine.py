@@ -29,7 +29,7 @@ from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.stream import GenerationStream, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
-from sihe.serving.engine.types import GenerationEvent, GenerationRequest, TokenLogprob, Usage
+from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
 
 
@@ -304,7 +304,9 @@ class Engine:
             token_ids=(sampled.token,),
             usage=Usage(len(sequence.prompt), len(sequence.output)),
             finish_reason=reason,
-            logprobs=() if sampled.logprob is None else (TokenLogprob(sampled.token, sampled.logprob, sampled.top),),
+            logprobs=()
+            if sampled.logprob is None
+            else (self.tokenizer.spell(sampled.token, sampled.logprob, sampled.top),),
         )
         if reason is not None:
             self._leave(id, reason)

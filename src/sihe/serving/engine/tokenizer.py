@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from sihe.core.errors import CorruptData, InvalidInput, NotFound
 from sihe.serving.engine.detokenizer import ByteDecoder, TextDecoder, WindowDecoder
-from sihe.serving.engine.types import ChatMessage
+from sihe.serving.engine.types import ChatMessage, TokenLogprob
 
 
 class ModelTokenizer:
@@ -60,6 +60,17 @@ class ModelTokenizer:
         """One token as text: what a list of log-probabilities shows."""
         text: str = self._tokenizer.decode([id], skip_special_tokens=False)
         return text
+
+    def token_bytes(self, id: int) -> bytes:
+        """One token's bytes, also those that are no whole character; a special token's name."""
+        if self._pieces is not None and id < len(self._pieces) and self._pieces[id]:
+            return self._pieces[id]
+        return self.token_text(id).encode()
+
+    def spell(self, id: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
+        """A token's log-probability as it is reported, and that of the likeliest ones of its place."""
+        others = tuple(TokenLogprob(token, value, self.token_bytes(token)) for token, value in top)
+        return TokenLogprob(id, logprob, self.token_bytes(id), others)
 
     def decoder(self) -> TextDecoder:
         """A fresh incremental decoder."""

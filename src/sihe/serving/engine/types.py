@@ -132,9 +132,7 @@ class GenerationRequest:
 
     def _check_length(self) -> None:
         least = 0 if self.echo else 1
-        _check(
-            self.max_tokens is None or self.max_tokens >= least, "max_tokens", self.max_tokens, f"at least {least}"
-        )
+        _check(self.max_tokens is None or self.max_tokens >= least, "max_tokens", self.max_tokens, f"at least {least}")
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         _check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
