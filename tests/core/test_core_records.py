@@ -84,6 +84,19 @@ def test_an_error_rolls_the_whole_transaction_back(database_url: str) -> None:
     records.close()
 
 
+def test_a_reader_sees_the_last_commit_and_waits_for_no_writer(database_url: str) -> None:
+    records = Records(database_url)
+    records.migrate()
+    with records.transaction() as writer:
+        writer.execute(lineage.insert().values(child="a", parent="b", created_at=NOW))
+        with records.snapshot() as reader:  # a second writer would wait here for 30 s
+            assert reader.execute(select(func.count()).select_from(lineage)).scalar_one() == 0
+    with records.snapshot() as reader:
+        assert reader.execute(select(func.count()).select_from(lineage)).scalar_one() == 1
+    assert _count(records) == 1  # the option does not stay with the pooled connection
+    records.close()
+
+
 def test_times_come_back_in_utc_and_naive_ones_are_refused(database_url: str) -> None:
     records = Records(database_url)
     records.migrate()

@@ -77,6 +77,7 @@ def test_no_secret_is_public(secret: str) -> None:
             "records.url": f"postgresql://u:{secret}@h/d",
             "server.api_keys": secret,
             "llm.api_key": secret,
+            "tenants.redis_url": f"redis://h/0?password={secret}",
         },
         environ={},
     )

@@ -9,6 +9,7 @@
     │   ├── AlreadyExists              the name is taken                                   (ValueError)
     │   ├── CorruptData                bytes on disk are not what was written              (ValueError)
     │   ├── Unauthorized               no key, or a wrong one                              (PermissionError)
+    │   ├── Forbidden                  a good key that may not do this                     (PermissionError)
     │   ├── MissingExtra               an optional dependency is not installed             (ImportError)
     │   ├── NoSpace                    the disk is full; nothing was half written          (OSError)
     │   └── PortInUse                  another process listens there                       (OSError)
@@ -93,6 +94,10 @@ class CorruptData(UserError, ValueError):
 
 class Unauthorized(UserError, PermissionError):
     """The request carries no valid key for what it asks."""
+
+
+class Forbidden(UserError, PermissionError):
+    """The request carries a valid key that has no right to what it asks."""
 
 
 class MissingExtra(UserError, ImportError):

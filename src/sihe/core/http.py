@@ -5,6 +5,7 @@ from __future__ import annotations
 from sihe.core.errors import (
     AlreadyExists,
     Busy,
+    Forbidden,
     NoSpace,
     NotFound,
     TooLarge,
@@ -16,6 +17,7 @@ from sihe.core.errors import (
 # Most specific first: the first class that matches decides.
 _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (Unauthorized, 401),
+    (Forbidden, 403),
     (NotFound, 404),
     (AlreadyExists, 409),
     (TooLarge, 413),

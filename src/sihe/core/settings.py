@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,15 @@ class ServerSettings(_Section):
     api_keys: tuple[str, ...] = Field((), description="keys that clients must send as Bearer tokens; none: no check")
 
 
+class TenantsSettings(_Section):
+    """Who may use the server, and how much (`sihe keys`)."""
+
+    require_key: bool = Field(False, description="ask for a key even before the first one was created")
+    redis_url: str | None = Field(
+        None, description="Redis that several server processes share to count rates; none: each process counts alone"
+    )
+
+
 class ClusterSettings(_Section):
     """Where the ranks of a training run."""
 
@@ -85,6 +95,7 @@ class Settings(_Section):
     objects: ObjectsSettings = ObjectsSettings()
     tracking: TrackingSettings = TrackingSettings()
     server: ServerSettings = ServerSettings()
+    tenants: TenantsSettings = TenantsSettings()
     cluster: ClusterSettings = ClusterSettings()
     llm: LlmSettings = LlmSettings()
     log: LogSettings = LogSettings()
@@ -109,7 +120,7 @@ class Settings(_Section):
         values: dict[str, Any] = self.model_dump(mode="json")
         values["server"]["api_keys"] = ["***"] * len(self.server.api_keys)
         values["llm"]["api_key"] = "***" if self.llm.api_key else None
-        for section, key in (("records", "url"), ("tracking", "uri"), ("objects", "url")):
+        for section, key in (("records", "url"), ("tracking", "uri"), ("objects", "url"), ("tenants", "redis_url")):
             values[section][key] = _without_password(values[section][key])
         return values
 
@@ -216,7 +227,10 @@ def _parse(key: str, value: Any) -> Any:
 
 
 def _without_password(url: str | None) -> str | None:
-    if url is None or "@" not in url or "://" not in url:
+    if url is None:
+        return None
+    url = re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+    if "@" not in url or "://" not in url:
         return url
     scheme, _, rest = url.partition("://")
     credentials, _, host = rest.rpartition("@")

@@ -16,6 +16,7 @@ from sihe.core.files import exclusive
 from sihe.core.lazy import require
 
 _BUSY_TIMEOUT_S = 30.0
+_READS_ONLY = "sihe_reads_only"  # a connection's option, which tells SQLite's BEGIN to take no lock
 _MIGRATION_LOCK = 0x51E  # any constant that only Sihe uses on a PostgreSQL server
 
 
@@ -67,6 +68,19 @@ class Records:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A transaction that only reads, and that waits for no writer: what was committed when it began.
+
+        Raises the same errors as `transaction`.
+        """
+        with (
+            self._errors(),
+            self.engine.connect().execution_options(**{_READS_ONLY: True}) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
     def _migration_lock(self) -> Iterator[None]:
         if self.is_sqlite:
             with exclusive(Path(str(self.url.database)).with_suffix(".lock")):
@@ -114,4 +128,6 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        # In WAL mode a reader sees the last commit and blocks nobody; two writers queue at their beginning.
+        reads_only = connection.get_execution_options().get(_READS_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
