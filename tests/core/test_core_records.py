@@ -111,7 +111,8 @@ def test_times_come_back_in_utc_and_naive_ones_are_refused(database_url: str) ->
 
 def test_migrations_build_what_the_rooms_declare(database_url: str) -> None:
     import sihe.apps.coach.tables
-    import sihe.serving.tables  # noqa: F401 - the imports register the rooms' tables
+    import sihe.serving.tables
+    import sihe.serving.tenants.tables  # noqa: F401 - the imports register the rooms' tables
 
     records = Records(database_url)
     records.migrate()
@@ -132,7 +133,8 @@ def test_migrations_build_what_the_rooms_declare(database_url: str) -> None:
 
 def test_every_table_of_ours_is_prefixed() -> None:
     import sihe.apps.coach.tables
-    import sihe.serving.tables  # noqa: F401
+    import sihe.serving.tables
+    import sihe.serving.tenants.tables  # noqa: F401
 
     assert [name for name in metadata.tables if not name.startswith("sihe_")] == []
 
