@@ -27,10 +27,12 @@ from sihe.serving.engine.runner import ModelRunner, Work
 from sihe.serving.engine.sampler import Sampled
 from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
-from sihe.serving.engine.stream import GenerationStream, Wake, wake_readers
+from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
+
+_WARM_TOKENS = 4
 
 
 class Engine:
@@ -95,8 +97,12 @@ class Engine:
 
     # ---- the caller's side ------------------------------------------------------------------------------------------
 
-    def submit(self, request: GenerationRequest, *, on_done: Callable[[], None] | None = None) -> GenerationStream:
+    def submit(
+        self, request: GenerationRequest, *, on_done: Callable[[], None] | None = None, relay: Relay | None = None
+    ) -> GenerationStream:
         """Starts a request; its stream. `on_done` is called once, on the engine's thread, when it has left the engine.
+
+        With a `relay` what the engine says goes there, on the engine's thread.
 
         Raises `ContextTooLong`, `InvalidInput`, `QueueFull`, `EngineClosed`, `EngineDead`.
         """
@@ -111,7 +117,9 @@ class Engine:
             max_tokens=min(room, request.max_tokens or room),
             seed=secrets.randbits(64) if request.seed is None else request.seed,
             stop_ids=self.tokenizer.stop_ids if request.messages is None else self.tokenizer.chat_stop_ids,
-            stream=GenerationStream(id, self.name, abort=self._abort, token_text=self.tokenizer.token_text),
+            stream=GenerationStream(
+                id, self.name, abort=self._abort, token_text=self.tokenizer.token_text, relay=relay
+            ),
             decoder=self.tokenizer.decoder(),
             stop=StopFilter(request.stop),
             on_done=on_done,
@@ -124,6 +132,11 @@ class Engine:
             self._inbox.append((id, sequence))
             self._changed.notify()
         return sequence.stream
+
+    def warm(self) -> None:
+        """Answers one real request, so that the first user meets neither a cold engine nor a broken model."""
+        prompt = (0,)  # a token that every vocabulary has
+        self.submit(GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)).result()
 
     @property
     def is_alive(self) -> bool:

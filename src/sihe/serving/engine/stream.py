@@ -18,6 +18,7 @@ from sihe.serving.errors import StreamClosed
 
 Wake = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 Heard = GenerationEvent | BaseException | None  # what a listener is told: an event, the error at the end, or "closed"
+Relay = Callable[[GenerationEvent | BaseException], Wake | None]  # takes what the engine says; gives the reader to wake
 
 
 class GenerationStream:
@@ -26,16 +27,25 @@ class GenerationStream:
     `served_by` names the model version that answers, and `token_text` spells its tokens; `arm` is the deployment's arm
     that it came through, where a gateway says so. `close` aborts what has not been generated yet; leaving the stream as
     a context manager closes it. An error of the request is raised to the reader, after the events that came before.
+
+    With a `relay` there is no reader here: what the engine says goes to the relay, which has readers of its own.
     """
 
     def __init__(
-        self, id: int, served_by: str, *, abort: Callable[[int], None], token_text: Callable[[int], str]
+        self,
+        id: int,
+        served_by: str,
+        *,
+        abort: Callable[[int], None],
+        token_text: Callable[[int], str],
+        relay: Relay | None = None,
     ) -> None:
         self.id = id
         self.served_by = served_by
         self.arm = ""
         self.token_text = token_text
         self._abort = abort
+        self._relay = relay
         self._changed = threading.Condition()
         self._events: list[GenerationEvent] = []
         self._error: BaseException | None = None
@@ -131,14 +141,15 @@ class GenerationStream:
         with self._changed:
             if self._ended:
                 return None
-            if event is not None:
+            if self._relay is None and event is not None:
                 self._events.append(event)
             self._error = error
             self._ended = ended
             self._tell(event if error is None else error)
             self._changed.notify_all()
             wake, self._waiter = self._waiter, None
-            return wake
+        heard = event if error is None else error
+        return wake if self._relay is None or heard is None else self._relay(heard)
 
     def _tell(self, heard: Heard) -> None:
         if self._listener is not None:
