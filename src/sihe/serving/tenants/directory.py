@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 from sihe.core.clock import Clock
@@ -44,11 +44,13 @@ class _Configured:
     session_digest: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Seen:
+    """A view, when it was last asked for, and when the records last answered."""
+
     view: _View
     at_s: float
-    failed_since_s: float | None = field(default=None)
+    answered_s: float
 
 
 class Directory:
@@ -66,6 +68,7 @@ class Directory:
         ]
         self._reading = threading.Lock()
         self._seen: _Seen | None = None
+        self._failure: tuple[float, SiheError] | None = None
         self._using = threading.Lock()
         self._used: dict[str, datetime] = {}
         self._log = logger("serving")
@@ -165,6 +168,8 @@ class Directory:
 
     def _read(self) -> None:
         seen, now_s = self._seen, self._clock.monotonic_s()
+        if self._failure is not None and now_s - self._failure[0] < STALE_AFTER_S:
+            raise self._failure[1]  # who waits in line for a database that is away need not each try it
         try:
             store = self._store()
             if seen is not None and store.revision() == seen.view.revision:
@@ -174,13 +179,14 @@ class Directory:
                 view = _View(revision, {item.name: item for item in tenants}, {item.key.id: item for item in keys})
         except SiheError as error:
             # While the records do not answer nobody can disable a key either: what was known goes on, for a while.
-            since_s = now_s if seen is None or seen.failed_since_s is None else seen.failed_since_s
-            if seen is None or now_s - since_s > _GRACE_S:
+            if seen is None or now_s - seen.answered_s > _GRACE_S:
+                self._failure = (now_s, error)
                 raise
-            self._log.warning("keys_not_read", error=repr(error))
-            self._seen = _Seen(seen.view, now_s, since_s)
+            if seen.at_s == seen.answered_s:
+                self._log.warning("keys_not_read", error=repr(error))
+            self._seen = _Seen(seen.view, now_s, seen.answered_s)
             return
-        self._seen = _Seen(view, now_s)
+        self._seen, self._failure = _Seen(view, now_s, now_s), None
 
 
 def _split_session(shown: str) -> tuple[str | None, str]:
