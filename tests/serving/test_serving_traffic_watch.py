@@ -13,7 +13,7 @@ LAST = GenerationEvent("b", (2,), Usage(3, 2), "stop")
 
 
 def new_stream() -> GenerationStream:
-    return GenerationStream(1, "tiny@1", abort=lambda _: None, token_text=str)
+    return GenerationStream(1, "tiny@1", abort=lambda _: None)
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])

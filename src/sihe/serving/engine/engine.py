@@ -1,7 +1,7 @@
 """The engine: one thread that takes requests in, steps the model over all that run, and hands text out.
 
-The path of a request: `submit` (the caller's thread: tokens, limits, a stream) → inbox → `Scheduler` → `ModelRunner` →
-decoder and stop filter → stream. A request joins and leaves the batch between any two steps.
+The path of a request: `submit` (the caller's thread: tokens, limits, a stream) → inbox → `Scheduler` → `work.compute`
+(model and sampler) → decoder and stop filter → stream. A request joins and leaves the batch between any two steps.
 
 An error stays with the request that causes it: a step that raises is run again one sequence at a time, and only those
 that raise alone fail. What goes wrong outside of a request ends the engine, and every reader and later caller is told.
@@ -22,14 +22,15 @@ from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.telemetry import logger
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.detokenizer import StopFilter
+from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
-from sihe.serving.engine.runner import ModelRunner, Work
-from sihe.serving.engine.sampler import Sampled
+from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
-from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
+from sihe.serving.engine.types import FinishReason, GenerationEvent, GenerationRequest, TokenLogprob
+from sihe.serving.engine.work import Result, Work, compute
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
 
 _WARM_TOKENS = 4
@@ -54,13 +55,15 @@ class Engine:
         self.name = name
         self.config = config
         self.tokenizer = tokenizer
-        self.context_tokens = runner.cache.capacity
+        self.context_tokens = min(runner.context, runner.num_blocks * BLOCK_TOKENS)
         self._runner: ModelRunner | None = runner
-        self._vocab_size = runner.model.config.vocab_size
+        self._vocab_size = runner.config.vocab_size
         self._observer = observer or NoObserver()
         self._clock = clock or SystemClock()
         self._log = logger("serving").bind(engine=name)
-        self._scheduler = Scheduler(slots=runner.cache.slots, token_budget=config.token_budget)
+        self._pool = BlockPool(runner.num_blocks)
+        self._scheduler = Scheduler(self._pool, max_running=config.max_batch_size, token_budget=config.token_budget)
+        self._secret = secrets.token_bytes(16)  # goes into the keys of blocks: nobody can compute them elsewhere
         self._ids = count()
         self._mean_request_s = 1.0
         # Shared with callers, under the condition; everything else belongs to the engine's thread.
@@ -87,10 +90,10 @@ class Engine:
         config = config or EngineConfig()
         tokenizer = ModelTokenizer.load(model_folder)
         runner = ModelRunner.load(model_folder, config)
-        if tokenizer.vocab_size > runner.model.config.vocab_size:
+        if tokenizer.vocab_size > runner.config.vocab_size:
             raise CorruptData(
                 model_folder / "tokenizer.json",
-                f"it has {tokenizer.vocab_size} tokens and the model knows {runner.model.config.vocab_size}",
+                f"it has {tokenizer.vocab_size} tokens and the model knows {runner.config.vocab_size}",
                 hint="these are the files of two different models",
             )
         return cls(runner, tokenizer, config, name=name or model_folder.name, observer=observer)
@@ -117,13 +120,12 @@ class Engine:
             max_tokens=min(room, request.max_tokens or room),
             seed=secrets.randbits(64) if request.seed is None else request.seed,
             stop_ids=self.tokenizer.stop_ids if request.messages is None else self.tokenizer.chat_stop_ids,
-            stream=GenerationStream(
-                id, self.name, abort=self._abort, token_text=self.tokenizer.token_text, relay=relay
-            ),
+            stream=GenerationStream(id, self.name, abort=self._abort, relay=relay),
             decoder=self.tokenizer.decoder(),
             stop=StopFilter(request.stop),
             on_done=on_done,
             submitted_s=self._clock.monotonic_s(),
+            table=self._table(request, prompt),
         )
         with self._changed:
             self._check_open()
@@ -137,6 +139,10 @@ class Engine:
         """Answers one real request, so that the first user meets neither a cold engine nor a broken model."""
         prompt = (0,)  # a token that every vocabulary has
         self.submit(GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)).result()
+
+    def forget_prefixes(self) -> None:
+        """What was computed until now is found by no later request: to be called when the weights have changed."""
+        self._secret = secrets.token_bytes(16)
 
     @property
     def is_alive(self) -> bool:
@@ -185,6 +191,12 @@ class Engine:
             raise InvalidInput("the prompt has no tokens: write something")
         return prompt
 
+    def _table(self, request: GenerationRequest, prompt: list[int]) -> BlockTable:
+        """Where the sequence will live, with the keys of its prompt's blocks: hashed here, not on the engine's thread."""
+        scope = (self.name.encode(), request.adapter.encode(), request.cache_salt.encode())
+        root = root_key(self._secret, *scope)
+        return BlockTable(self._pool, root, chain(root, prompt))
+
     def _check_open(self) -> None:
         if self._death is not None:
             raise EngineDead(f"engine {self.name} has stopped: {self._death}") from self._death
@@ -193,9 +205,9 @@ class Engine:
 
     def _check_queue(self) -> None:
         waiting = len(self._inbox) + self._scheduler.num_waiting
-        free = self._scheduler.slots - self._scheduler.num_running
+        free = self._scheduler.max_running - self._scheduler.num_running
         if waiting >= self.config.max_waiting + free:
-            rounds = waiting / self._scheduler.slots
+            rounds = waiting / self._scheduler.max_running
             raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, rounds * self._mean_request_s)))
 
     def _abort(self, id: int) -> None:
@@ -239,7 +251,15 @@ class Engine:
             if sequence is None:
                 self._leave(id, "aborted")
             elif id in self._sequences:
-                self._scheduler.add(id, len(sequence.prompt))
+                request = sequence.request
+                self._scheduler.add(
+                    id,
+                    len(sequence.prompt),
+                    sequence.table,
+                    priority=request.priority,
+                    tenant=request.tenant,
+                    reuse=not request.needs_prompt_logits,
+                )
         return bool(self._sequences) or not self._closing
 
     def _step(self) -> None:
@@ -247,14 +267,12 @@ class Engine:
         if not plan:
             return
         started_s = self._clock.monotonic_s()
-        assert self._runner is not None
-        for id in plan.admitted:
-            self._sequences[id].slot = self._runner.cache.allocate()
-            self._sequences[id].admitted_s = started_s
-        self._scheduler.commit(plan)
+        self._note_admitted(plan, started_s)
+        works = {chunk.id: Work.of(self._sequences[chunk.id], chunk) for chunk in (*plan.decode, *plan.prefill)}
         wakes: list[Wake] = []
-        self._compute(self._work(plan), wakes)
+        self._compute(works, wakes)
         wake_readers(wakes)
+        pool = self._pool
         self._observer.on_step(
             StepStats(
                 duration_s=self._clock.monotonic_s() - started_s,
@@ -262,67 +280,79 @@ class Engine:
                 prefill_tokens=plan.num_tokens - len(plan.decode),
                 running=self._scheduler.num_running,
                 waiting=self._scheduler.num_waiting,
-                kv_used_tokens=self._runner.cache.used_tokens,
-                kv_capacity_tokens=self._runner.cache.slots * self._runner.cache.capacity,
+                kv_used_tokens=pool.num_used * BLOCK_TOKENS,
+                kv_capacity_tokens=pool.num_blocks * BLOCK_TOKENS,
+                kv_cached_tokens=pool.num_cached * BLOCK_TOKENS,
+                hit_tokens=plan.hit_tokens,
+                preempted=len(plan.preempted),
             )
         )
 
-    def _work(self, plan: StepPlan) -> dict[int, Work]:
-        work: dict[int, Work] = {}
-        for id in plan.decode:
+    def _note_admitted(self, plan: StepPlan, now_s: float) -> None:
+        if not plan.admitted:
+            return
+        starts = {chunk.id: chunk.start for chunk in plan.prefill}
+        for id in plan.admitted:
             sequence = self._sequences[id]
-            position = len(sequence.prompt) + len(sequence.output) - 1
-            work[id] = Work(sequence.held_slot, sequence.output[-1:], position, sequence.draw())
-        for chunk in plan.prefill:
-            sequence = self._sequences[chunk.id]
-            tokens = sequence.prompt[chunk.start : chunk.start + chunk.length]
-            work[chunk.id] = Work(sequence.held_slot, tokens, chunk.start, sequence.draw() if chunk.last else None)
-        return work
+            if sequence.admitted_s is None and id in starts:
+                sequence.admitted_s = now_s
+                sequence.cached_tokens = starts[id]
 
-    def _compute(self, work: dict[int, Work], wakes: list[Wake]) -> None:
+    def _compute(self, works: dict[int, Work], wakes: list[Wake]) -> None:
         """Runs the step; where it raises, again for each sequence alone, so that only the culprits fail."""
         assert self._runner is not None
         try:
-            results = self._runner.step(list(work.values()))
+            results = compute(self._runner, list(works.values()))
         except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the requests in it
-            if len(work) > 1:
-                for id, item in work.items():
-                    self._compute({id: item}, wakes)
+            if len(works) > 1:
+                for id, work in works.items():
+                    self._compute({id: work}, wakes)
                 return
-            for id in work:
+            for id in works:
                 self._log.error("generation_failed", error=repr(error), exc_info=error)
                 failure = GenerationFailed(f"the model failed on this request: {error}")
                 failure.__cause__ = error
                 self._fail(id, failure)
             return
-        for (id, item), sampled in zip(work.items(), results, strict=True):
-            self._runner.cache.extend(item.slot, len(item.tokens))
-            if sampled is None:
-                continue
-            wake = self._accept(id, self._sequences[id], sampled)
+        for work, result in zip(works.values(), results, strict=True):
+            wake = self._accept(self._sequences[work.chunk.id], work, result)
             if wake is not None:
                 wakes.append(wake)
 
-    def _accept(self, id: int, sequence: Sequence, sampled: Sampled) -> Wake | None:
-        """Takes a sampled token into the answer and tells the reader."""
-        if not sampled.is_finite:
-            self._fail(id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity"))
+    def _accept(self, sequence: Sequence, work: Work, result: Result) -> Wake | None:
+        """Takes what a step has brought into the answer and tells the reader."""
+        chunk = work.chunk
+        if not result.sampled:
+            self._scheduler.advance(chunk.id, computed=chunk.start + chunk.length, length=sequence.length)
             return None
+        known = sequence.length
+        text, reason, logprobs = "", None, []  # type: tuple[str, FinishReason | None, list[TokenLogprob]]
+        for sampled in result.sampled:
+            if not sampled.is_finite:
+                self._fail(
+                    chunk.id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity")
+                )
+                return None
+            sequence.append(sampled.token)
+            more, reason = sequence.read(sampled.token)
+            text += more
+            if sampled.logprob is not None:
+                logprobs.append(self.tokenizer.spell(sampled.token, sampled.logprob, sampled.top))
+            if reason is not None:
+                break
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock.monotonic_s()
-        sequence.output.append(sampled.token)
-        text, reason = sequence.read(sampled.token)
+        # The last token that was accepted is known and not computed.
+        self._scheduler.advance(chunk.id, computed=sequence.length - 1, length=sequence.length)
         event = GenerationEvent(
             text=text,
-            token_ids=(sampled.token,),
-            usage=Usage(len(sequence.prompt), len(sequence.output)),
+            token_ids=tuple(sequence.tokens(known, sequence.length)),
+            usage=sequence.usage,
             finish_reason=reason,
-            logprobs=()
-            if sampled.logprob is None
-            else (self.tokenizer.spell(sampled.token, sampled.logprob, sampled.top),),
+            logprobs=tuple(logprobs),
         )
         if reason is not None:
-            self._leave(id, reason)
+            self._leave(chunk.id, reason)
         return sequence.stream.deliver(event)
 
     def _fail(self, id: int, error: BaseException) -> None:
@@ -339,8 +369,6 @@ class Engine:
         if sequence is None:
             return None
         self._scheduler.remove(id)
-        if sequence.slot is not None and self._runner is not None:
-            self._runner.cache.free(sequence.slot)
         now_s = self._clock.monotonic_s()
         self._mean_request_s += 0.1 * (now_s - sequence.submitted_s - self._mean_request_s)
         self._observer.on_request(sequence.stats(outcome, now_s))

@@ -24,8 +24,8 @@ Relay = Callable[[GenerationEvent | BaseException], Wake | None]  # takes what t
 class GenerationStream:
     """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
 
-    `served_by` names the model version that answers, and `token_text` spells its tokens; `arm` is the deployment's arm
-    that it came through, where a gateway says so. `close` aborts what has not been generated yet; leaving the stream as
+    `served_by` names the model version that answers; `arm` is the deployment's arm that it came through, where a gateway
+    says so. `close` aborts what has not been generated yet; leaving the stream as
     a context manager closes it. An error of the request is raised to the reader, after the events that came before.
 
     With a `relay` there is no reader here: what the engine says goes to the relay, which has readers of its own.
@@ -37,13 +37,11 @@ class GenerationStream:
         served_by: str,
         *,
         abort: Callable[[int], None],
-        token_text: Callable[[int], str],
         relay: Relay | None = None,
     ) -> None:
         self.id = id
         self.served_by = served_by
         self.arm = ""
-        self.token_text = token_text
         self._abort = abort
         self._relay = relay
         self._changed = threading.Condition()
