@@ -14,7 +14,7 @@ PositionKind = Literal["rope", "learned", "sinusoidal", "relative", "alibi", "no
 ScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-Task = Literal["next_token", "masked_token", "pooled"]
+Task = Literal["next_token", "masked_token", "pooled", "hidden", "scored"]
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,27 @@ class PositionConfig:
       near and growing ones up to `max_distance` (Raffel et al. 2019, arXiv 1910.10683, section 2.1).
     - `alibi`: the score falls with the distance, at a slope per head (Press et al. 2021, arXiv 2108.12409).
     - `none`: only the causal mask tells places apart.
+
+    The vectors of `learned` places begin at row `offset` of their table (RoBERTa's at 2).
     """
 
     kind: PositionKind = "rope"
     scaling: RopeScaling | None = None
     buckets: int = 32
     max_distance: int = 128
+    offset: int = 0
 
     def __post_init__(self) -> None:
         part(self, "scaling", RopeScaling, "positions.scaling", optional=True)
         _check_choice(self, "positions", "kind", get_args(PositionKind))
         _check_size(self, "positions", "buckets")
         _check_size(self, "positions", "max_distance")
+        if not isinstance(self.offset, int) or isinstance(self.offset, bool) or self.offset < 0:
+            raise ConfigError(
+                f"positions.offset is a whole number of 0 or more, got {self.offset!r}", key="positions.offset"
+            )
+        if self.offset and self.kind != "learned":
+            raise ConfigError(f"positions.offset goes with 'learned', got {self.kind!r}", key="positions.offset")
         if self.scaling is not None and self.kind != "rope":
             raise ConfigError(f"positions.scaling goes with 'rope', got {self.kind!r}", key="positions.scaling")
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:

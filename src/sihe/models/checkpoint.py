@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder, empty_decoder
 from sihe.models.encoder import Encoder
 from sihe.models.errors import CheckpointMismatch
-from sihe.models.layouts import canonical, is_dispensable, repeats, slots
+from sihe.models.layouts import canonical, is_dispensable, is_head, repeats, slots
 from sihe.models.transformer import Transformer
 
 _Model = TypeVar("_Model", bound=Transformer)
@@ -69,13 +70,24 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Encoder:
     """The encoder of a folder, as `load_model` gives a decoder. Raises `ConfigError` for a decoder."""
+    return _filled(_empty_encoder(load_config(folder)), folder, dtype)
+
+
+def load_trunk(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of a folder for its hidden states, as `load_model` gives it: heads are neither needed nor read."""
     config = load_config(folder)
+    if config.task == "next_token":
+        return _filled(empty_decoder(replace(config, tie_embeddings=True)), folder, dtype, without_head=True)
+    bare = replace(config, task="hidden", num_labels=0, tie_embeddings=True)
+    return _filled(_empty_encoder(bare), folder, dtype, without_head=True)
+
+
+def _empty_encoder(config: ModelConfig) -> Encoder:
     with torch.device("meta"):
-        model = Encoder(config)
-    return _filled(model, folder, dtype)
+        return Encoder(config)
 
 
-def _filled(model: _Model, folder: Path, dtype: torch.dtype) -> _Model:
+def _filled(model: _Model, folder: Path, dtype: torch.dtype, *, without_head: bool = False) -> _Model:
     model = model.to(dtype).to_empty(device="cpu")
     with ExitStack() as open_files:
         found = {canonical(model, name): (file, name) for name, file in _open(folder, open_files).items()}
@@ -92,6 +104,8 @@ def _filled(model: _Model, folder: Path, dtype: torch.dtype) -> _Model:
             slot.fill(tensor)
         again = repeats(model)
         for name, (file, stored) in found.items():
+            if without_head and is_head(name):
+                continue
             repeated = name in again and torch.equal(_read(folder, file, stored).to(dtype), again[name])
             if not (repeated or is_dispensable(name)):
                 raise CheckpointMismatch(folder, name, f"is not used by a model of this {CONFIG}")

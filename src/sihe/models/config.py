@@ -27,7 +27,8 @@ class ModelConfig:
     bounds the rows of one expert, as a multiple of their mean, and None drops nothing.
 
     `attention`, `positions` and `layers` may be given as mappings, as `dataclasses.asdict` and JSON have them. `task`
-    is what the model ends in: the next token's logits (`Decoder`), a masked token's, or a pooled vector (`Encoder`).
+    is what the model ends in: the next token's logits (`Decoder`), of an `Encoder` a masked token's, a pooled vector,
+    the hidden states themselves, or `num_labels` scores of a sequence.
     """
 
     vocab_size: int
@@ -55,6 +56,7 @@ class ModelConfig:
     positions: PositionConfig = field(default_factory=PositionConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)
     task: Task = "next_token"
+    num_labels: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more_eos_token_ids", tuple(self.more_eos_token_ids))  # JSON has lists
@@ -86,6 +88,12 @@ class ModelConfig:
         self._check_experts()
 
     def _check_parts(self) -> None:
+        labels = self.num_labels
+        if not isinstance(labels, int) or isinstance(labels, bool) or (labels > 0) != (self.task == "scored"):
+            raise ConfigError(
+                f"num_labels is above 0 with task = 'scored' and 0 without, got {labels!r} with {self.task!r}",
+                key="num_labels",
+            )
         if self.attention.causal != (self.task == "next_token"):
             raise ConfigError(
                 f"attention.causal goes with task = 'next_token' and only with it, got {self.task!r}",
@@ -153,7 +161,7 @@ class ModelConfig:
         """Weights in total; a tied head counts once. What only an encoder has (its heads) does not count."""
         layers = self.layers
         norm = self.hidden_size * (2 if layers.norm == "layer" else 1)
-        learned = self.max_positions if self.positions.kind == "learned" else 0
+        learned = self._learned_places
         rows = self.vocab_size * (1 if self.tie_embeddings else 2) + learned + layers.token_types
         norms = layers.norm_first + layers.embedding_norm
         layer = self._attention_parameters() + self._mlp_parameters(self.num_experts) + 2 * norm
@@ -164,6 +172,10 @@ class ModelConfig:
         """Weights that one token meets: of a mixture the experts that it goes to."""
         idle = self._mlp_parameters(self.num_experts) - self._mlp_parameters(self.experts_per_token)
         return self.num_parameters - self.num_layers * idle
+
+    @property
+    def _learned_places(self) -> int:
+        return self.max_positions + self.positions.offset if self.positions.kind == "learned" else 0
 
     def _attention_parameters(self) -> int:
         shape, latent = self.attention, self.attention.latent
@@ -196,7 +208,7 @@ class ModelConfig:
         that a token goes to do), d is the width of all heads. Source: Chowdhery et al. 2022, PaLM (arXiv 2204.02311),
         appendix B; attention is counted in full, though a causal kernel may skip half of it.
         """
-        learned = self.max_positions if self.positions.kind == "learned" else 0
+        learned = self._learned_places
         rows = (0 if self.tie_embeddings else self.vocab_size) + learned + self.layers.token_types
         latent = self.attention.latent
         width = self.num_heads * (self.head_dim + (latent.value_dim if latent else self.head_dim))

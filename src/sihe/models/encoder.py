@@ -1,6 +1,6 @@
-"""The encoder: tokens in, and out the hidden state of each in its whole context, masked tokens, or one vector.
+"""The encoder: tokens in, and out the hidden state of each in its whole context, masked tokens, a vector, or scores.
 
-    B  batch      T  time      D  hidden      V  vocabulary
+    B  batch      T  time      D  hidden      V  vocabulary      C  labels
 
 The blocks are the decoder's, without the causal mask (Devlin et al. 2018, BERT, arXiv 1810.04805).
 """
@@ -23,18 +23,20 @@ from sihe.models.transformer import Transformer
 class Encoder(Transformer):
     """An encoder by configuration. Weights are drawn from torch's random state.
 
-    With the task `masked_token` it has logits and a loss, with `pooled` one vector for a sequence. Padding is told
-    apart by `documents_BT`. Raises `ConfigError` for a decoder's task.
+    With the task `masked_token` it has logits and a loss, with `pooled` one vector for a sequence, with `scored` its
+    `num_labels` scores (a reranker's one, a classifier's logits), with `hidden` nothing behind the blocks. Padding is
+    told apart by `documents_BT`. Raises `ConfigError` for a decoder's task.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         if config.task == "next_token":
-            raise ConfigError("an encoder's task is 'masked_token' or 'pooled', got 'next_token'", key="task")
+            raise ConfigError("an encoder's task is one of an Encoder, got 'next_token': use a Decoder", key="task")
         width, masked = config.hidden_size, config.task == "masked_token"
         self.head = Linear(width, config.vocab_size, bias=False) if masked and not config.tie_embeddings else None
         self.masked = MaskedHead(config) if masked else None
-        self.pooler = None if masked else Linear(width, width)
+        self.pooler = Linear(width, width) if config.task in ("pooled", "scored") else None
+        self.classifier = Linear(width, config.num_labels) if config.task == "scored" else None
         self.initialise()
 
     def logits(self, x: Tensor) -> Tensor:
@@ -44,9 +46,25 @@ class Encoder(Transformer):
     def forward(
         self, tokens_BT: Tensor, *, documents_BT: Tensor | None = None, types_BT: Tensor | None = None
     ) -> Tensor:
-        """What its task asks for: logits of each token [B, T, V], or a vector of each row [B, D]."""
+        """What its task asks for, of each token [B, T, V] or [B, T, D], or of each row [B, D] or [B, C]."""
         x_BTD = self.hidden(tokens_BT, documents_BT=documents_BT, types_BT=types_BT)
-        return self.logits(x_BTD) if self.pooler is None else torch.tanh(self.pooler(x_BTD[:, 0]))
+        match self.config.task:
+            case "masked_token":
+                return self.logits(x_BTD)
+            case "hidden":
+                return x_BTD
+            case _:
+                return self.pooled(x_BTD[:, 0])
+
+    def pooled(self, first_BD: Tensor) -> Tensor:
+        """The vector [B, D], or the scores [B, C], behind the hidden states of first tokens.
+
+        Raises `ConfigError` for another task than `pooled` and `scored`.
+        """
+        if self.pooler is None:
+            raise ConfigError(f"a vector needs a task 'pooled' or 'scored', got {self.config.task!r}", key="task")
+        pooled_BD = torch.tanh(self.pooler(first_BD))
+        return pooled_BD if self.classifier is None else self.classifier(pooled_BD)
 
     def loss(
         self,

@@ -23,8 +23,11 @@ from sihe.models.transformer import Block, Transformer
 
 _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "embeddings.position_ids")
 """Ends of names of what old checkpoints carry and the configuration says as well: angles, masks, a count."""
-_OLD = ("bert.pooler.", "cls.seq_relationship.")
-"""Beginnings of names of what BERT's first checkpoints carry beside the task that they are for."""
+_OLD = ("bert.pooler.", "roberta.pooler.", "cls.seq_relationship.")
+"""Beginnings of names of what the first checkpoints of BERT and RoBERTa carry beside the task that they are for."""
+_HEADS = ("lm_head.", "score.", "cls.", "classifier.", "pooler.", "pre_classifier.", "vocab_", "qa_outputs.")
+"""Beginnings of names of what lies behind the hidden states."""
+_ENCODERS = ("bert", "roberta", "distilbert")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,13 @@ def slots(model: Transformer) -> Iterator[Slot]:
 
 def canonical(model: Transformer, name: str) -> str:
     """The name of a stored tensor as `slots` has it: old files spell some otherwise."""
-    if _family(model) in ("gpt2", "bloom") and not name.startswith(("transformer.", "lm_head.")):
+    family = _family(model)
+    if family in ("gpt2", "bloom") and not name.startswith(("transformer.", "lm_head.")):
         name = f"transformer.{name}"
+    elif family in _ROTARY and name.startswith(("embed_tokens.", "layers.", "norm.")):
+        name = f"model.{name}"  # saved as the bare model, which has no head
+    elif family in _ENCODERS and not _root(model):
+        name = name.removeprefix(f"{family}.")  # saved with a head
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
@@ -69,16 +77,22 @@ def repeats(model: Transformer) -> dict[str, Tensor]:
     """Names under which a checkpoint may have a tensor a second time, with what it must equal."""
     names: dict[str, Tensor] = {}
     if getattr(model, "head", None) is None:
-        for name in ("lm_head.weight", "cls.predictions.decoder.weight"):
+        for name in ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight"):
             names[name] = model.embedding.weight
     if isinstance(model, Encoder) and model.masked is not None:
-        names["cls.predictions.decoder.bias"] = model.masked.bias
+        for name in ("cls.predictions.decoder.bias", "lm_head.decoder.bias"):
+            names[name] = model.masked.bias
     return names
 
 
 def is_dispensable(name: str) -> bool:
     """Whether a stored tensor says nothing that the model needs."""
     return name.endswith(_DERIVED) or name.startswith(_OLD)
+
+
+def is_head(name: str) -> bool:
+    """Whether a stored tensor, by its name in `slots`, lies behind the hidden states of its model."""
+    return name.startswith(_HEADS)
 
 
 def _family(model: Transformer) -> str:
@@ -188,7 +202,7 @@ def _neighbours(name: str, weight: Tensor, head_dim: int, rotary_dim: int) -> Sl
     return Slot(name, tuple(weight.shape), weight, rows_NH.flatten().to(weight.device))
 
 
-# ---- GPT-2, BLOOM, BERT --------------------------------------------------------------------------------------------
+# ---- GPT-2, BLOOM --------------------------------------------------------------------------------------------------
 
 
 def _gpt2(model: Transformer) -> Iterator[Slot]:
@@ -236,9 +250,73 @@ def _bloom(model: Transformer) -> Iterator[Slot]:
     yield from _head(model)
 
 
+# ---- BERT, RoBERTa, DistilBERT -------------------------------------------------------------------------------------
+
+
 def _bert(model: Transformer) -> Iterator[Slot]:
     assert isinstance(model, Encoder)
-    root = "" if model.masked is None else "bert."
+    root = _root(model)
+    yield from _embeddings(root, model)
+    for layer, block in _blocks(model):
+        prefix = f"{root}encoder.layer.{layer}"
+        assert isinstance(block.attention, Attention)
+        assert isinstance(block.mlp, PlainMLP)
+        yield from _projections(f"{prefix}.attention.self", block.attention, ("query", "key", "value"))
+        yield from _module(f"{prefix}.attention.output.dense", block.attention.out)
+        yield from _module(f"{prefix}.attention.output.LayerNorm", block.attention_norm)
+        yield from _module(f"{prefix}.intermediate.dense", block.mlp.up)
+        yield from _module(f"{prefix}.output.dense", block.mlp.down)
+        yield from _module(f"{prefix}.output.LayerNorm", block.mlp_norm)
+    if _family(model) == "roberta":
+        yield from _roberta_head(model)
+    else:
+        yield from _bert_head(root, model)
+
+
+def _bert_head(root: str, model: Encoder) -> Iterator[Slot]:
+    if model.pooler is not None:
+        yield from _module(f"{root}pooler.dense", model.pooler)
+    if model.classifier is not None:
+        yield from _module("classifier", model.classifier)
+    if model.masked is not None:
+        yield from _module("cls.predictions", model.masked)
+        yield from _module("cls.predictions.transform.dense", model.masked.dense)
+        yield from _module("cls.predictions.transform.LayerNorm", model.masked.norm)
+    yield from _head(model, "cls.predictions.decoder")
+
+
+def _roberta_head(model: Encoder) -> Iterator[Slot]:
+    if model.pooler is not None:
+        yield from _module("pooler.dense" if model.classifier is None else "classifier.dense", model.pooler)
+    if model.classifier is not None:
+        yield from _module("classifier.out_proj", model.classifier)
+    if model.masked is not None:
+        yield from _module("lm_head", model.masked)
+        yield from _module("lm_head.dense", model.masked.dense)
+        yield from _module("lm_head.layer_norm", model.masked.norm)
+    yield from _head(model, "lm_head.decoder")
+
+
+def _distilbert(model: Transformer) -> Iterator[Slot]:
+    yield from _embeddings("", model)
+    for layer, block in _blocks(model):
+        prefix = f"transformer.layer.{layer}"
+        assert isinstance(block.attention, Attention)
+        assert isinstance(block.mlp, PlainMLP)
+        yield from _projections(f"{prefix}.attention", block.attention, ("q_lin", "k_lin", "v_lin"))
+        yield from _module(f"{prefix}.attention.out_lin", block.attention.out)
+        yield from _module(f"{prefix}.sa_layer_norm", block.attention_norm)
+        yield from _module(f"{prefix}.ffn.lin1", block.mlp.up)
+        yield from _module(f"{prefix}.ffn.lin2", block.mlp.down)
+        yield from _module(f"{prefix}.output_layer_norm", block.mlp_norm)
+
+
+def _root(model: Transformer) -> str:
+    """What the names of an encoder's trunk begin with: nothing where the trunk is all there is."""
+    return "" if model.config.task in ("pooled", "hidden") else f"{_family(model)}."
+
+
+def _embeddings(root: str, model: Transformer) -> Iterator[Slot]:
     embeddings = {
         "word_embeddings": model.embedding,
         "position_embeddings": model.position_embedding,
@@ -246,28 +324,15 @@ def _bert(model: Transformer) -> Iterator[Slot]:
         "LayerNorm": model.embedding_norm,
     }
     for name, module in embeddings.items():
-        assert module is not None
-        yield from _module(f"{root}embeddings.{name}", module)
-    for layer, block in _blocks(model):
-        prefix = f"{root}encoder.layer.{layer}"
-        assert isinstance(block.attention, Attention)
-        assert isinstance(block.mlp, PlainMLP)
-        names = {"q": "query", "k": "key", "v": "value"}
-        for letter, kind, view in _parts(block.attention):
-            shape = (view.shape[:3].numel(), *view.shape[3:])
-            yield Slot(f"{prefix}.attention.self.{names[letter]}.{kind}", shape, view)
-        yield from _module(f"{prefix}.attention.output.dense", block.attention.out)
-        yield from _module(f"{prefix}.attention.output.LayerNorm", block.attention_norm)
-        yield from _module(f"{prefix}.intermediate.dense", block.mlp.up)
-        yield from _module(f"{prefix}.output.dense", block.mlp.down)
-        yield from _module(f"{prefix}.output.LayerNorm", block.mlp_norm)
-    if model.pooler is not None:
-        yield from _module("pooler.dense", model.pooler)
-    if model.masked is not None:
-        yield from _module("cls.predictions", model.masked)
-        yield from _module("cls.predictions.transform.dense", model.masked.dense)
-        yield from _module("cls.predictions.transform.LayerNorm", model.masked.norm)
-    yield from _head(model, "cls.predictions.decoder")
+        if module is not None:
+            yield from _module(f"{root}embeddings.{name}", module)
+
+
+def _projections(prefix: str, attention: Attention, names: tuple[str, str, str]) -> Iterator[Slot]:
+    """Queries, keys and values under names of their own."""
+    named = dict(zip("qkv", names, strict=True))
+    for letter, kind, view in _parts(attention):
+        yield Slot(f"{prefix}.{named[letter]}.{kind}", (view.shape[:3].numel(), *view.shape[3:]), view)
 
 
 _ROTARY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "deepseek_v2")
@@ -276,4 +341,6 @@ _LAYOUTS: dict[str, Callable[[Transformer], Iterator[Slot]]] = {
     "gpt2": _gpt2,
     "bloom": _bloom,
     "bert": _bert,
+    "roberta": _bert,
+    "distilbert": _distilbert,
 }

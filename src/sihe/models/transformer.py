@@ -70,7 +70,8 @@ class Transformer(nn.Module):
         width = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, width)
         learned = config.positions.kind == "learned"
-        self.position_embedding = nn.Embedding(config.max_positions, width) if learned else None
+        places = config.max_positions + config.positions.offset
+        self.position_embedding = nn.Embedding(places, width) if learned else None
         self.type_embedding = nn.Embedding(config.layers.token_types, width) if config.layers.token_types else None
         self.embedding_norm = norm(config) if config.layers.embedding_norm else None
         block = Block if config.layers.norm_first else PostNormBlock
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
 
     def _position_vectors(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
         if self.position_embedding is not None:
-            return self.position_embedding(positions_BT)
+            return self.position_embedding(positions_BT + self.config.positions.offset)
         table_PD = sinusoids(self.config.max_positions, self.config.hidden_size, positions_BT.device)
         return table_PD[positions_BT].to(dtype)
 

@@ -1,4 +1,4 @@
-"""Families with layer norms and plain feed-forward layers: GPT-2, BLOOM, BERT.
+"""Decoders with layer norms and plain feed-forward layers: GPT-2, BLOOM.
 
 Dropout is not computed here: their entries for it are passed over when read, and written as 0.
 """
@@ -9,9 +9,12 @@ from typing import Any
 
 from sihe.models.architecture import AttentionConfig, LayerConfig, PositionConfig
 from sihe.models.families.entries import (
+    ACTIVATIONS,
+    WRITTEN,
     Values,
     choice,
     flag,
+    heads,
     named,
     need,
     number,
@@ -20,20 +23,6 @@ from sihe.models.families.entries import (
     size,
     write_tokens,
 )
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
-_WRITTEN = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-_TASKS = {"BertForMaskedLM": "masked_token", "BertModel": "pooled"}
-
-
-def _heads(hidden_size: int, heads: int) -> dict[str, Any]:
-    return {"hidden_size": hidden_size, "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden_size // heads}
 
 
 def read_gpt2(values: Values) -> dict[str, Any]:
@@ -46,7 +35,7 @@ def read_gpt2(values: Values) -> dict[str, Any]:
     width = size(values, "n_embd")
     return {
         "vocab_size": size(values, "vocab_size"),
-        **_heads(width, size(values, "n_head")),
+        **heads(width, size(values, "n_head")),
         "num_layers": size(values, "n_layer"),
         "intermediate_size": size(values, "n_inner", 4 * width),
         "max_positions": size(values, "n_positions", 1024),
@@ -57,7 +46,7 @@ def read_gpt2(values: Values) -> dict[str, Any]:
         "layers": LayerConfig(
             norm="layer",
             gated=False,
-            activation=choice(values, "activation_function", "gelu_new", _ACTIVATIONS),  # type: ignore[arg-type]  # checked by the value
+            activation=choice(values, "activation_function", "gelu_new", ACTIVATIONS),  # type: ignore[arg-type]  # checked by the value
             mlp_bias=True,
         ),
         **read_tokens(values),
@@ -75,7 +64,7 @@ def write_gpt2(fields: Values) -> dict[str, Any]:
         "n_inner": fields["intermediate_size"],
         "n_positions": fields["max_positions"],
         "layer_norm_epsilon": fields["norm_eps"],
-        "activation_function": _WRITTEN[fields["layers"].activation],
+        "activation_function": WRITTEN[fields["layers"].activation],
         "tie_word_embeddings": fields["tie_embeddings"],
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **write_tokens(fields),
@@ -90,7 +79,7 @@ def read_bloom(values: Values) -> dict[str, Any]:
     width = size(values, "hidden_size")
     return {
         "vocab_size": size(values, "vocab_size"),
-        **_heads(width, size(values, "n_head")),
+        **heads(width, size(values, "n_head")),
         "num_layers": size(values, "n_layer"),
         "intermediate_size": 4 * width,
         "max_positions": size(values, "seq_length", 2048),
@@ -114,56 +103,5 @@ def write_bloom(fields: Values) -> dict[str, Any]:
         "seq_length": fields["max_positions"],
         "layer_norm_epsilon": fields["norm_eps"],
         "tie_word_embeddings": fields["tie_embeddings"],
-        **write_tokens(fields),
-    }
-
-
-def read_bert(values: Values) -> dict[str, Any]:
-    """The fields behind a BERT's config.json, for masked tokens or as the bare model with its pooled vector."""
-    need(values, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    require(values, {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False})
-    architectures = values.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else "BertModel"
-    return {
-        "vocab_size": size(values, "vocab_size"),
-        **_heads(size(values, "hidden_size"), size(values, "num_attention_heads")),
-        "num_layers": size(values, "num_hidden_layers"),
-        "intermediate_size": size(values, "intermediate_size"),
-        "max_positions": size(values, "max_position_embeddings", 512),
-        "norm_eps": number(values, "layer_norm_eps", 1e-12),
-        "tie_embeddings": flag(values, "tie_word_embeddings", default=True),
-        "attention": AttentionConfig(causal=False, qkv_bias=True, out_bias=True),
-        "positions": PositionConfig("learned"),
-        "layers": LayerConfig(
-            norm="layer",
-            norm_first=False,
-            gated=False,
-            activation=choice(values, "hidden_act", "gelu", _ACTIVATIONS),  # type: ignore[arg-type]  # checked by the value
-            mlp_bias=True,
-            embedding_norm=True,
-            token_types=size(values, "type_vocab_size", 2),
-        ),
-        "task": choice({"architectures": name}, "architectures", "BertModel", _TASKS),
-        **read_tokens(values),
-    }
-
-
-def write_bert(fields: Values) -> dict[str, Any]:
-    """A BERT's config.json."""
-    architecture = "BertModel" if fields["task"] == "pooled" else "BertForMaskedLM"
-    return {
-        **named(architecture, "bert"),
-        "vocab_size": fields["vocab_size"],
-        "hidden_size": fields["hidden_size"],
-        "num_hidden_layers": fields["num_layers"],
-        "num_attention_heads": fields["num_heads"],
-        "intermediate_size": fields["intermediate_size"],
-        "max_position_embeddings": fields["max_positions"],
-        "layer_norm_eps": fields["norm_eps"],
-        "hidden_act": _WRITTEN[fields["layers"].activation],
-        "type_vocab_size": fields["layers"].token_types,
-        "tie_word_embeddings": fields["tie_embeddings"],
-        "pad_token_id": None,
-        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
         **write_tokens(fields),
     }

@@ -9,6 +9,16 @@ from sihe.core.errors import ConfigError
 from sihe.models.errors import UnsupportedModel
 
 Values = Mapping[str, Any]
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
+"""What `transformers` calls the function of a plain feed-forward layer, and what it is called here."""
+WRITTEN = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
+"""The way back."""
 
 
 def named(architecture: str, model_type: str) -> dict[str, Any]:
@@ -29,6 +39,11 @@ def need(values: Values, *keys: str) -> None:
     for key in keys:
         if values.get(key) is None:
             raise ConfigError(f"config.json lacks {key!r}: it must describe a whole model", key=key)
+
+
+def heads(hidden_size: int, count: int) -> dict[str, Any]:
+    """The shape of plain multi-head attention."""
+    return {"hidden_size": hidden_size, "num_heads": count, "num_kv_heads": count, "head_dim": hidden_size // count}
 
 
 def size(values: Values, key: str, default: int | None = None) -> int:

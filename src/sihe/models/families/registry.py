@@ -13,7 +13,7 @@ from typing import Any
 
 from sihe.core.errors import ConfigError
 from sihe.models.errors import UnsupportedModel
-from sihe.models.families import classic, rotary
+from sihe.models.families import classic, encoders, rotary
 from sihe.models.families.entries import Values, named
 
 OWN = "sihe"
@@ -68,7 +68,10 @@ FAMILIES = {
         Family("deepseek_v2", rotary.read_deepseek_v2, rotary.write_deepseek_v2),
         Family("gpt2", classic.read_gpt2, classic.write_gpt2),
         Family("bloom", classic.read_bloom, classic.write_bloom),
-        Family("bert", classic.read_bert, classic.write_bert),
+        Family("bert", encoders.read_bert, encoders.write_bert),
+        Family("roberta", encoders.read_roberta, encoders.write_roberta),
+        Family("xlm-roberta", encoders.read_roberta, encoders.write_roberta),
+        Family("distilbert", encoders.read_distilbert, encoders.write_distilbert),
         Family(OWN, _read_own, _write_own),
     )
 }
