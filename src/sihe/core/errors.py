@@ -15,6 +15,7 @@
     │   └── PortInUse                  another process listens there                       (OSError)
     ├── TransientError                 the same call may succeed later: retry
     │   ├── Busy                       a lock, a queue or a budget is taken                (TimeoutError)
+    │   ├── TimedOut                   not done within the time that the caller gave       (TimeoutError)
     │   └── Unreachable                a service does not answer                           (ConnectionError)
     └── InternalError                  a bug in Sihe: please report                        (RuntimeError)
 
@@ -137,6 +138,10 @@ class Busy(TransientError, TimeoutError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TimedOut(TransientError, TimeoutError):
+    """It was not done within the time that the caller gave."""
 
 
 class Unreachable(TransientError, ConnectionError):

@@ -8,6 +8,7 @@ from sihe.core.errors import (
     Forbidden,
     NoSpace,
     NotFound,
+    TimedOut,
     TooLarge,
     TransientError,
     Unauthorized,
@@ -24,6 +25,7 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (NoSpace, 507),
     (UserError, 400),
     (Busy, 429),
+    (TimedOut, 504),
     (TransientError, 503),
 )
 

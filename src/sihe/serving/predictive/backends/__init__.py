@@ -1,0 +1,1 @@
+"""Libraries that run predictive models, one file each, behind `predictive.ports.Backend`."""
