@@ -1,8 +1,9 @@
-"""The deployments table: what is wanted (by whoever deploys) beside what is (as the serving process reports it)."""
+"""Deployments: what is wanted (by whoever deploys) beside what is (as the serving process reports it); rollouts, and
+what the arms of a deployment were measured by."""
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Column, String, Table
+from sqlalchemy import JSON, Column, Index, Integer, String, Table, Text
 
 from sihe.core.records.tables import UtcDateTime, metadata
 
@@ -16,7 +17,39 @@ deployments = Table(
     Column("settings", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    # How many replicas, and how requests are dealt out between versions; null where it is the default.
+    Column("replicas", JSON(none_as_null=True)),
+    Column("traffic", JSON(none_as_null=True)),
     # What is: the last report of the process that serves it, and when it came. Old reports mean that nobody does.
     Column("status", JSON),
     Column("reported_at", UtcDateTime),
+)
+
+rollouts = Table(
+    "sihe_rollouts",
+    metadata,
+    Column("id", String(40), primary_key=True),  # sorts by time
+    Column("deployment", String(120), nullable=False),
+    Column("arm", String(120), nullable=False),
+    Column("model", String(120), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("settings", JSON(none_as_null=True)),
+    Column("plan", JSON, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("changed_at", UtcDateTime, nullable=False),
+    Index("ix_sihe_rollouts_deployment_id", "deployment", "id"),
+)
+
+experiments = Table(
+    "sihe_experiments",
+    metadata,
+    Column("deployment", String(120), primary_key=True),
+    Column("period", Integer, primary_key=True, autoincrement=False),
+    Column("split", JSON, nullable=False),
+    Column("statistics", JSON, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,9 @@ from sihe.core.clock import Clock
 from sihe.core.errors import NotFound
 from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.traffic.store import change_traffic, forget
+from sihe.serving.gateway.traffic.types import TrafficPolicy
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState, ReplicaStatus
 from sihe.serving.tables import deployments
 
@@ -26,10 +30,26 @@ class DeploymentStore:
         self._records = records
         self._clock = clock
 
-    def put(self, name: str, model: str, selector: str, settings: EngineConfig) -> Deployment:
-        """Records what is wanted under `name`, new or changed; the same wish again changes nothing."""
+    def put(
+        self,
+        name: str,
+        model: str,
+        selector: str,
+        settings: EngineConfig,
+        *,
+        replicas: ReplicaConfig | None = None,
+    ) -> Deployment:
+        """Records what is wanted under `name`, new or changed; the same wish again changes nothing.
+
+        How requests are dealt out stays as it is.
+        """
         now = self._clock.now()
-        wish: dict[str, Any] = {"model": model, "selector": selector, "settings": settings.to_mapping()}
+        wish: dict[str, Any] = {
+            "model": model,
+            "selector": selector,
+            "settings": settings.to_mapping(),
+            "replicas": (replicas.to_mapping() if replicas is not None else None) or None,
+        }
         with self._records.transaction() as connection:
             row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
             if row is None:
@@ -44,9 +64,15 @@ class DeploymentStore:
         """The wish under `name`. Raises `NotFound`."""
         return _deployment(self._row(name))
 
+    def change_traffic(self, name: str, change: Callable[[TrafficPolicy], TrafficPolicy]) -> Deployment:
+        """Rewrites how requests of `name` are dealt out. Raises `NotFound`, and what `change` raises."""
+        with self._records.transaction() as connection:
+            change_traffic(connection, name, change)
+        return self.get(name)
+
     def all(self) -> list[Deployment]:
         """Every deployment, by name."""
-        with self._records.transaction() as connection:
+        with self._records.snapshot() as connection:
             return [_deployment(row) for row in connection.execute(select(deployments).order_by(deployments.c.name))]
 
     def remove(self, name: str) -> None:
@@ -54,6 +80,7 @@ class DeploymentStore:
         with self._records.transaction() as connection:
             if connection.execute(deployments.delete().where(deployments.c.name == name)).rowcount == 0:
                 raise _missing(name)
+            forget(connection, name)
 
     def report(self, status: DeploymentStatus) -> None:
         """Stores what the serving process says; a deployment that was removed meanwhile stays removed."""
@@ -88,7 +115,7 @@ class DeploymentStore:
         )
 
     def _row(self, name: str) -> Row[Any]:
-        with self._records.transaction() as connection:
+        with self._records.snapshot() as connection:
             row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
         if row is None:
             raise _missing(name)
@@ -107,4 +134,6 @@ def _deployment(row: Row[Any]) -> Deployment:
         settings=EngineConfig.from_mapping(row.settings),
         created_at=row.created_at,
         updated_at=row.updated_at,
+        replicas=ReplicaConfig.from_mapping(row.replicas or {}),
+        traffic=TrafficPolicy.from_mapping(row.traffic),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.traffic.types import TrafficPolicy
 
 
 class ReplicaState(StrEnum):
@@ -41,6 +43,8 @@ class Deployment:
     settings: EngineConfig
     created_at: datetime
     updated_at: datetime
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    traffic: TrafficPolicy = field(default_factory=TrafficPolicy)
 
     @property
     def target(self) -> str:

@@ -1,0 +1,147 @@
+"""Rollouts and measurements in the records: two movers do not both win, and arms change with their rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sihe.core.clock import FakeClock
+from sihe.core.errors import AlreadyExists, Busy, NotFound
+from sihe.core.ids import new_id
+from sihe.core.records import Records
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.store import DeploymentStore
+from sihe.serving.gateway.traffic.experiment import Experiment, Split
+from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState, Step
+from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
+from sihe.serving.gateway.traffic.types import Arm
+from support.debian import postgres_server
+
+PLAN = Plan(steps=(Step(0.1), Step(0.5)))
+
+
+@pytest.fixture(scope="module")
+def postgres_url() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
+    """A fresh database on each backend."""
+    if request.param == "sqlite":
+        opened = Records(f"sqlite:///{tmp_path / 'records.db'}")
+    else:
+        opened = Records(request.getfixturevalue("postgres_url"))
+        with opened.engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def deployed(records: Records, clock: FakeClock) -> DeploymentStore:
+    store = DeploymentStore(records, clock)
+    store.put("chat", "tiny", "live", EngineConfig(), replicas=ReplicaConfig(max_replicas=2))
+    return store
+
+
+def a_rollout(clock: FakeClock, arm: str = "canary") -> Rollout:
+    settings, now = EngineConfig(max_batch_size=4), clock.now()
+    return Rollout(new_id("roll"), "chat", arm, "tiny", 2, settings, PLAN, RolloutState.RUNNING, 0, "", now, now)
+
+
+def test_a_rollout_moves_with_the_weight_of_its_arm(
+    records: Records, clock: FakeClock, deployed: DeploymentStore
+) -> None:
+    store = RolloutStore(records, clock)
+    begun = a_rollout(clock)
+    store.begin(begun)
+    assert store.of("chat") == begun
+    assert deployed.get("chat").traffic.weights == {"stable": 0.9, "canary": 0.1}
+    clock.advance(60)
+    second = store.move(begun, step=1, reason="passed")
+    assert deployed.get("chat").traffic.weights == {"stable": 0.5, "canary": 0.5}
+    assert (store.of("chat"), second.changed_at) == (second, clock.now())
+    with pytest.raises(Busy):
+        store.move(begun, step=1)  # it has moved since it was seen like this
+    back = store.move(second, state=RolloutState.ROLLED_BACK, reason="worse")
+    assert deployed.get("chat").traffic.arms == ()
+    assert deployed.get("chat").target == "tiny@live"
+    with pytest.raises(NotFound):
+        store.of("chat")
+    assert store.history("chat") == [back]
+
+
+def test_a_promoted_version_is_what_is_deployed(records: Records, clock: FakeClock, deployed: DeploymentStore) -> None:
+    store = RolloutStore(records, clock)
+    begun = a_rollout(clock)
+    store.begin(begun)
+    promoting = store.move(begun, state=RolloutState.PROMOTING)
+    assert deployed.get("chat").traffic.weights["canary"] == 0.1  # until it is done
+    store.promoted(promoting, selector="2")
+    found = deployed.get("chat")
+    assert (found.target, found.settings, found.traffic.arms) == ("tiny@2", EngineConfig(max_batch_size=4), ())
+    assert found.replicas == ReplicaConfig(max_replicas=2)
+    with pytest.raises(Busy):
+        store.promoted(promoting, selector="2")
+
+
+def test_one_rollout_at_a_time(records: Records, clock: FakeClock, deployed: DeploymentStore) -> None:
+    store = RolloutStore(records, clock)
+    store.begin(a_rollout(clock))
+    for arm in ("canary", "other"):
+        with pytest.raises(AlreadyExists):
+            store.begin(a_rollout(clock, arm))
+    assert [arm.name for arm in deployed.get("chat").traffic.arms] == ["canary"]  # nothing half done
+    with pytest.raises(NotFound):
+        store.begin(replace(a_rollout(clock), deployment="absent"))
+
+
+def test_what_is_removed_leaves_nothing_for_the_next_of_its_name(
+    records: Records, clock: FakeClock, deployed: DeploymentStore
+) -> None:
+    store, experiments = RolloutStore(records, clock), ExperimentStore(records, clock)
+    store.begin(a_rollout(clock))
+    experiments.save(Experiment("chat", 1, Split({"stable": 1.0}, {"stable": 1}), clock.now()))
+    deployed.remove("chat")
+    assert store.active() == {}
+    assert experiments.latest("chat") is None
+    deployed.put("chat", "tiny", "live", EngineConfig())
+    assert deployed.get("chat").traffic.arms == ()
+
+
+def test_arms_stay_when_a_deployment_is_deployed_anew(deployed: DeploymentStore) -> None:
+    deployed.change_traffic("chat", lambda policy: policy.with_arm(Arm("b", "tiny", "2", 0.3)))
+    deployed.put("chat", "tiny", "3", EngineConfig())
+    assert deployed.get("chat").traffic.weights == {"stable": 0.7, "b": 0.3}
+    with pytest.raises(NotFound):
+        deployed.change_traffic("absent", lambda policy: policy)
+
+
+def test_measurements_survive_and_the_oldest_go(records: Records, clock: FakeClock) -> None:
+    store = ExperimentStore(records, clock)
+    assert store.latest("chat") is None
+    split = Split({"stable": 0.5, "b": 0.5}, {"stable": 1, "b": None})
+    for period in range(1, 25):
+        last = Experiment("chat", period, split, clock.now())
+        store.save(last)
+    last.record("b", Outcome("finished", "stop", None, 3, 4, 0.1, 0.2), 1, "someone")
+    store.save(last)
+    found = store.latest("chat")
+    assert found is not None
+    assert (found.period, found.split) == (24, split)
+    assert found.report() == last.report()
+    with records.snapshot() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM sihe_experiments").scalar_one() == 20
