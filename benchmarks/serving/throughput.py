@@ -1,0 +1,203 @@
+"""Tokens per second of the engine beside transformers, vLLM, llama.cpp and CTranslate2: the same weights and prompts.
+
+Every contender works in a process of its own and one at a time, in turn. Decoding is the time of answers of `--tokens`
+tokens less that of one-token answers to prompts of the same length; prefill is the latter. So whole engines are timed,
+with whatever they do besides the model. A precision's contenders are compared with each other; shares are of what this
+machine's memory or arithmetic allows, measured in the same run.
+
+A peer that is not installed is left out, and said so: `make peers ROOM=serving`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.harness import Claim, at_least, report
+from benchmarks.serving.contenders.limits import Limits, measure_limits
+from benchmarks.serving.contenders.model import SHAPE, model_folder
+from benchmarks.serving.contenders.pool import OURS, Contender, ContenderFailed, Entry, Measured, quiet
+
+_VLLM = Entry("vllm", "bfloat16", "vllm")
+CLASSES = {
+    "float32": (
+        Entry(OURS, "float32"),
+        Entry("transformers", "float32"),
+        Entry("vllm", "float32", "vllm"),
+        Entry("llama", "float32", "llama"),
+        Entry("ctranslate2", "float32", "ctranslate2"),
+    ),
+    "bfloat16": (
+        Entry(OURS, "bfloat16"),
+        Entry("transformers", "bfloat16"),
+        _VLLM,
+        Entry("llama", "bfloat16", "llama"),
+        Entry("ctranslate2", "bfloat16", "ctranslate2"),
+    ),
+    # vLLM has no eight bits here: its bf16 stands beside, as what int8 is to be twice as fast as.
+    "int8": (Entry(OURS, "int8"), _VLLM, Entry("llama", "int8", "llama"), Entry("ctranslate2", "int8", "ctranslate2")),
+    "int4": (Entry(OURS, "int4"), Entry("llama", "int4", "llama")),
+}
+CALM = 0.05  # of the processors' time: what others may have of it before a timing is repeated
+PREFILL_GOAL, DECODE_GOAL, INT8_GOAL = 1.2, 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured together."""
+
+    precision: str
+    prompt: int
+    batch: int
+
+
+@dataclass
+class Figures:
+    """Tokens a second of each contender at one cell, one figure a repeat."""
+
+    prefill: dict[Entry, list[float]] = field(default_factory=lambda: defaultdict(list))
+    decode: dict[Entry, list[float]] = field(default_factory=lambda: defaultdict(list))
+    disturbed: float = 0.0
+
+
+def start(precision: str, folder: Path, chosen: argparse.Namespace) -> list[Contender]:
+    """The contenders of a class that can be had, each having answered the same two prompts; says where they differ."""
+    context = -(-(max(chosen.prompts) + chosen.tokens) // 128) * 128
+    contenders: list[Contender] = []
+    firsts: dict[str, tuple[int, ...]] = {}
+    for entry in CLASSES[precision]:
+        if chosen.only and entry.module not in chosen.only:
+            continue
+        try:
+            contender = Contender(entry, folder, context=context, log=folder.parent / f"{entry.name}.log")
+            contenders.append(contender)
+            firsts[entry.name] = contender.measure(batch=2, prompt=64, tokens=16, seed=0).first
+        except ContenderFailed as failure:
+            print(f"  left out: {failure}", flush=True)
+    for (one, left), (other, right) in itertools.combinations(firsts.items(), 2):
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=True)))
+        if same < len(left):
+            print(f"  greedy answers of {one} and {other} part after {same} tokens")
+    return contenders
+
+
+def measure(cell: Cell, contenders: list[Contender], chosen: argparse.Namespace) -> Figures:
+    """Every contender in turn, `--repeats` times, after one turn that warms up."""
+    figures, seeds = Figures(), itertools.count(1)
+
+    def timed(contender: Contender, tokens: int) -> Measured:
+        tries = []
+        while len(tries) < chosen.tries:
+            found = contender.measure(batch=cell.batch, prompt=cell.prompt, tokens=tokens, seed=next(seeds))
+            tries.append(found)
+            if found.disturbed < CALM:
+                break
+        return min(tries, key=lambda found: found.disturbed)
+
+    for repeat in range(chosen.repeats + 1):
+        for contender in contenders:
+            with quiet(chosen.lock):
+                if repeat == 0:
+                    timed(contender, 2)
+                    continue
+                first, whole = (timed(contender, tokens) for tokens in (1, chosen.tokens))
+            figures.prefill[contender.entry].append(cell.batch * cell.prompt / first.seconds)
+            taken_s = max(whole.seconds - first.seconds, 1e-9)
+            figures.decode[contender.entry].append(cell.batch * (chosen.tokens - 1) / taken_s)
+            figures.disturbed = max(figures.disturbed, first.disturbed, whole.disturbed)
+    return figures
+
+
+def show(cell: Cell, figures: Figures, limits: Limits, tokens: int) -> None:
+    """A line a contender: medians with their range, and the share of the limit."""
+    print(f"\n{cell.precision}, batch {cell.batch}, prompt {cell.prompt}: tokens/s, median (least, most), of the limit")
+    most = {
+        "prefill": limits.prefill_tok_per_s(SHAPE, cell.precision, prompt=cell.prompt),
+        "decode": limits.decode_tok_per_s(SHAPE, cell.precision, batch=cell.batch, context=cell.prompt + tokens / 2),
+    }
+    for entry in figures.prefill:
+        line = f"  {entry.name:22}"
+        for phase, values in (("prefill", figures.prefill[entry]), ("decode", figures.decode[entry])):
+            middle = statistics.median(values)
+            line += f"  {phase} {middle:7.0f} ({min(values):.0f}, {max(values):.0f})"
+            line += f" {middle / most[phase]:4.0%}" if entry.precision == cell.precision else "     "
+        print(line, flush=True)
+    if figures.disturbed >= CALM:
+        print(f"  others had up to {figures.disturbed:.0%} of this machine while that was timed")
+
+
+def claims_of(cell: Cell, figures: Figures) -> list[Claim]:
+    """Ours against the best peer of the precision, and int8 against vLLM's bf16."""
+    claims = []
+    for phase, values, goal in (
+        ("prefill", figures.prefill, PREFILL_GOAL),
+        ("decode", figures.decode, DECODE_GOAL),
+    ):
+        middle = {entry: statistics.median(found) for entry, found in values.items()}
+        ours = next((speed for entry, speed in middle.items() if entry.module == OURS), None)
+        peers = {entry: s for entry, s in middle.items() if entry.module != OURS and entry.precision == cell.precision}
+        where = f"{phase}, {cell.precision}, batch {cell.batch}, prompt {cell.prompt}"
+        if ours is None:
+            continue
+        if peers:
+            best = max(peers, key=lambda entry: peers[entry])
+            claims.append(
+                at_least(f"{where}: best peer is {best.module}", ours, peers[best], unit="tokens/s", ratio=goal)
+            )
+        if phase == "decode" and cell.precision == "int8" and cell.batch > 1 and _VLLM in middle:
+            claims.append(at_least(f"{where}: vLLM's bf16", ours, middle[_VLLM], unit="tokens/s", ratio=INT8_GOAL))
+    return claims
+
+
+def parse() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", nargs="+", choices=CLASSES, default=list(CLASSES))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024], help="tokens")
+    parser.add_argument("--tokens", type=int, default=65, help="tokens of each answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tries", type=int, default=3, help="of one timing, until the machine is calm")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="contenders, such as sihe llama")
+    parser.add_argument("--quick", action="store_true", help="one repeat of prompts of 128 tokens")
+    parser.add_argument("--lock", type=Path, help="a file to hold while timing, shared with what else computes here")
+    parser.add_argument("--home", type=Path, default=Path("build/benchmarks/serving"), help="where the model is kept")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.prompts, chosen.repeats = [128], 1
+    return chosen
+
+
+def main() -> int:
+    """One precision after the other, so that not all models are in memory at once; 1 when ours was not measured."""
+    chosen = parse()
+    folder = model_folder(chosen.home.resolve())
+    claims: list[Claim] = []
+    measured = True
+    for precision in chosen.precisions:
+        with quiet(chosen.lock):
+            limits = measure_limits()
+        print(f"\n== {precision}: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, ", end="")
+        print(f"{limits.operations_per_s[precision] / 1e9:.0f} thousand million operations/s", flush=True)
+        contenders = start(precision, folder, chosen)
+        measured &= any(contender.entry.module == OURS for contender in contenders)
+        try:
+            for prompt, batch in itertools.product(chosen.prompts, chosen.batches):
+                cell = Cell(precision, prompt, batch)
+                figures = measure(cell, contenders, chosen)
+                show(cell, figures, limits, chosen.tokens)
+                claims += claims_of(cell, figures)
+        finally:
+            for contender in contenders:
+                contender.close()
+    report(__file__, claims)
+    return 0 if measured or (chosen.only and OURS not in chosen.only) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
