@@ -11,7 +11,7 @@ from sihe.core.errors import InvalidInput
 from sihe.serving.engine.tools import Tool, ToolCall, ToolCallDelta, ToolChoice, check_choice, join_deltas
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tools"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
@@ -33,8 +33,9 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must look like: any JSON object, a JSON schema, a regular expression, a Lark grammar, or one of
-    several strings (`choice`, a JSON list). `source` is its text."""
+    """What an answer must look like: any JSON object, a JSON schema, a regular expression, a Lark grammar, one of
+    several strings (`choice`, a JSON list), or calls of tools (a Lark grammar that the engine writes). `source` is its
+    text."""
 
     kind: ConstraintKind
     source: str
