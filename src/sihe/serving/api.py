@@ -7,7 +7,6 @@ thread. A client that goes away aborts its generation; a client that reads slowl
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -20,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from sihe.core.errors import NotFound, SiheError, TooLarge, Unauthorized
+from sihe.core.errors import NotFound, SiheError, TooLarge
 from sihe.core.http import status_of
 from sihe.core.ids import new_id
 from sihe.core.telemetry import logger
@@ -32,6 +31,8 @@ from sihe.serving.errors import StreamClosed
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.types import DeploymentStatus
 from sihe.serving.protocol import ChatRequest, CompletionRequest, error_body, parse
+from sihe.serving.tenants.access import Access
+from sihe.serving.tenants.http import require_caller
 
 MAX_BODY_BYTES = 16 * 2**20
 VERSION_HEADER = "x-sihe-model-version"
@@ -40,9 +41,13 @@ _log = logger("serving")
 _Handler = Callable[[Request, Exception], Response | Awaitable[Response]]
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """Every route of serving. Install the errors' form with `install_errors` on the application."""
-    routes = APIRouter(dependencies=[Depends(_require_key(gateway.workspace.settings.server.api_keys))])
+def router(gateway: Gateway, access: Access | None = None) -> APIRouter:
+    """Every route of serving. Install the errors' form with `install_errors` on the application.
+
+    Who hands in the `access` closes it after the last request; one that is made here writes usage at exit.
+    """
+    access = access or Access(gateway.workspace)
+    routes = APIRouter(dependencies=[Depends(require_caller(access))])
     _add_models(routes, gateway)
     _add_generation(routes, gateway)
     _add_deployments(routes, gateway)
@@ -243,22 +248,7 @@ def _add_deployments(routes: APIRouter, gateway: Gateway) -> None:
         return {"model": version.name, "alias": alias, "version": version.version}
 
 
-# ---- keys and errors -----------------------------------------------------------------------------------------------
-
-
-def _require_key(keys: tuple[str, ...]) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        """Lets in who shows one of the keys, or whom a middleware before has let in (`request.state.is_authorised`)."""
-        if not keys or getattr(request.state, "is_authorised", False):
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        shown = token.strip().encode() if scheme.lower() == "bearer" else b""
-        # Every key is compared, in constant time, so that the delay tells nothing about them.
-        matches = [hmac.compare_digest(key.encode(), shown) for key in keys]
-        if not any(matches):
-            raise Unauthorized("a valid key is needed: send one of server.api_keys as  Authorization: Bearer …")
-
-    return check
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 def _error_handler(otherwise: _Handler | None) -> _Handler:

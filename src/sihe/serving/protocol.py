@@ -6,15 +6,25 @@ change the answer and are not supported are refused by name: an answer that igno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sihe.core.errors import Busy, InternalError, InvalidInput, NotFound, SiheError, TransientError, Unauthorized
+from sihe.core.errors import (
+    Busy,
+    Forbidden,
+    InternalError,
+    InvalidInput,
+    NotFound,
+    SiheError,
+    TransientError,
+    Unauthorized,
+)
 from sihe.core.http import status_of
 from sihe.serving.engine.types import ChatMessage, GenerationRequest
-from sihe.serving.errors import ContextTooLong, UnsupportedParameter
+from sihe.serving.errors import ContextTooLong, QuotaExceeded, RateLimited, UnsupportedParameter
 
 # Parameters that are not supported, with the values that mean "not used".
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -176,7 +186,9 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     status, kind, code = _classify(error)
     headers: dict[str, str] = {}
     if isinstance(error, TransientError):
-        headers["Retry-After"] = f"{max(1.0, getattr(error, 'retry_after_s', 1.0)):.0f}"
+        # Rounded up: who comes back a little too early is refused again.
+        headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after_s", 1.0))))
+    headers |= getattr(error, "headers", {})
     message = str(error) if isinstance(error, SiheError) else "internal error: see the server's log"
     parameter = getattr(error, "parameter", "model" if code == "model_not_found" else None)
     return status, {"error": {"message": message, "type": kind, "param": parameter, "code": code}}, headers
@@ -187,10 +199,16 @@ def _classify(error: Exception) -> tuple[int, str, str | None]:
         return 400, "invalid_request_error", "context_length_exceeded"
     if isinstance(error, Unauthorized):
         return 401, "invalid_request_error", "invalid_api_key"
+    if isinstance(error, Forbidden):
+        return 403, "invalid_request_error", "insufficient_permissions"
     if isinstance(error, UnsupportedParameter):
         return 400, "invalid_request_error", "unsupported_parameter"
     if isinstance(error, NotFound) and error.kind == "deployment":
         return 404, "invalid_request_error", "model_not_found"
+    if isinstance(error, QuotaExceeded):
+        return 429, "insufficient_quota", "insufficient_quota"
+    if isinstance(error, RateLimited):
+        return 429, error.counts, "rate_limit_exceeded"
     if isinstance(error, Busy):
         return 429, "rate_limit_error", "rate_limit_exceeded"
     if isinstance(error, TransientError):
