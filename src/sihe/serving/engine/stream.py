@@ -24,9 +24,10 @@ Relay = Callable[[GenerationEvent | BaseException], Wake | None]  # takes what t
 class GenerationStream:
     """The events of one request, for one reader: iterate it (`for` or `async for`), or take the whole `result()`.
 
-    `served_by` names the model version that answers; `arm` is the deployment's arm that it came through, where a gateway
-    says so. `close` aborts what has not been generated yet; leaving the stream as
-    a context manager closes it. An error of the request is raised to the reader, after the events that came before.
+    `served_by` names the model version that answers (with several replicas it is sure from the first event on); `arm`
+    is the deployment's arm that it came through, where a gateway says so. `close` aborts what has not been generated
+    yet; leaving the stream as a context manager closes it. An error of the request is raised to the reader, after the
+    events that came before.
 
     With a `relay` there is no reader here: what the engine says goes to the relay, which has readers of its own.
     """

@@ -15,17 +15,18 @@ from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NotReady
-from sihe.serving.gateway.route import Loader, Route
+from sihe.serving.gateway.replicas.config import Backend
+from sihe.serving.gateway.replicas.ports import Load, Served
+from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.store import REPORT_INTERVAL_S, DeploymentStore
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
-
-    from sihe.serving.engine.engine import Engine
 
 
 class Gateway:
@@ -193,20 +194,15 @@ class Gateway:
         if everything:
             self._next_report_s = now_s + REPORT_INTERVAL_S
 
-    def _loader(self, name: str) -> Loader:
-        def load(version: ModelVersion, settings: EngineConfig) -> Engine:
+    def _loader(self, name: str) -> Load:
+        def load(version: ModelVersion, settings: EngineConfig, backend: Backend, observer: EngineObserver) -> Served:
             from prometheus_client import REGISTRY
 
-            from sihe.serving.engine.engine import Engine
             from sihe.serving.gateway.metrics import ReplicaMetrics, ServingMetrics
+            from sihe.serving.gateway.replicas import hosts
 
-            metrics = ServingMetrics.on(self._registry or REGISTRY)
-            return Engine.load(
-                self.workspace.tracking.download(version),
-                settings,
-                name=f"{version.name}@{version.version}",
-                observer=ReplicaMetrics(metrics, name, version.version),
-            )
+            metrics = ReplicaMetrics(ServingMetrics.on(self._registry or REGISTRY), name, version.version)
+            return hosts.load(self.workspace, version, settings, backend, hosts.Observers(metrics, observer))
 
         return load
 

@@ -1,7 +1,8 @@
-"""A deployment's live side: the replica that gets new requests, and the thread that brings in the next one.
+"""A deployment's live side: the replicas that get its requests, and the thread that decides which there are.
 
 A swap in five moves: load the wanted version beside the serving one, warm it, flip the route, drain the old one, free
-it. If loading or warming fails, or another version is wanted by then, the serving one was never touched.
+it. If loading or warming fails, or another version is wanted by then, the serving one was never touched. With several
+replicas `replicas.replacement` says which move comes next, and `replicas.autoscaler` how many there shall be.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TypeVar
 
 from sihe.core.clock import Clock
 from sihe.core.errors import Busy, TransientError
@@ -18,26 +20,36 @@ from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import EngineClosed, EngineDead, NoMemory, NotReady
-from sihe.serving.gateway.replica import Replica
-from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
+from sihe.serving.errors import NoMemory, NoRoom, NotReady
+from sihe.serving.gateway.replicas.answer import LOST
+from sihe.serving.gateway.replicas.autoscaler import Observation, decide, initial
+from sihe.serving.gateway.replicas.config import Backend
+from sihe.serving.gateway.replicas.dispatcher import Dispatcher
+from sihe.serving.gateway.replicas.ports import Load, Served
+from sihe.serving.gateway.replicas.replacement import Member, Moves, Stage, next_moves
+from sihe.serving.gateway.replicas.replica import Replica
+from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState
 
-if TYPE_CHECKING:
-    from sihe.serving.engine.engine import Engine
-
-Loader = Callable[[ModelVersion, EngineConfig], "Engine"]
-_MAX_DRAINING = 2  # old versions kept in memory for their last streams before the next one may load
+T = TypeVar("T")
 _RETRY_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # between attempts to load what may fit or arrive later
+_TICK_S = 1.0  # between looks at an elastic deployment's load
+_FILLED = 0.75  # of `max_batch_size`: the usual target for requests in hand, which leaves room for those that come
+_LOADS_AT_ONCE = {"local": 1, "openai": 1, "ray": 8}  # on one machine each load must see what the one before took
 
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
     version: ModelVersion
     settings: EngineConfig
+    backend: Backend
 
     def is_met_by(self, other: Replica | _Wish | None) -> bool:
         """Whether `other` is the same version with the same settings (aliases may differ)."""
-        return other is not None and (other.version.key, other.settings) == (self.version.key, self.settings)
+        return other is not None and (other.version.key, other.settings, other.backend) == (
+            self.version.key,
+            self.settings,
+            self.backend,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,7 @@ class Route:
     Wishes that come while a version loads replace each other: only the last one counts when it is done.
     """
 
-    def __init__(self, deployment: Deployment, load: Loader, *, clock: Clock) -> None:
+    def __init__(self, deployment: Deployment, load: Load, *, clock: Clock) -> None:
         self.name = deployment.name
         self._deployment = deployment
         self._load = load
@@ -62,20 +74,34 @@ class Route:
         self._log = logger("serving").bind(deployment=self.name)
         self._changed = threading.Condition()
         self._wish: _Wish | None = None
-        self._serving: Replica | None = None
-        self._incoming: Replica | None = None
-        self._draining: list[Replica] = []
+        self._replicas: tuple[Replica, ...] = ()  # all that are not GONE; replaced whole
+        self._ids = count()
+        self._scaling = initial(deployment.replicas)
+        self._next_look_s = 0.0
         self._failure: _Failure | None = None
+        self._room_is_short = False
+        self._has_served = False
         self._fault: str | None = None
         self._closing = False
+        self._requests = Dispatcher(
+            self.name, deployment.replicas, clock=clock, why_none=self._why_none, on_change=self._notify
+        )
         self._thread = threading.Thread(target=self._run, name=f"route {self.name}", daemon=True)
         self._thread.start()
 
     def aim(self, deployment: Deployment, version: ModelVersion) -> None:
-        """Says which version is wanted now, with which settings."""
+        """Says which version is wanted now, with which settings and how many replicas."""
+        wish = _Wish(version, deployment.settings, deployment.replicas.backend)
         with self._changed:
+            if deployment.replicas != self._deployment.replicas:
+                self._requests.configure(deployment.replicas)
+                self._scaling = initial(deployment.replicas)
+            elif self._wish is not None and not wish.is_met_by(self._wish) and self._scaling.wanted == 0:
+                self._scaling = initial(deployment.replicas)  # a version is shown to work before it may sleep
+            if not wish.is_met_by(self._wish):
+                self._room_is_short = False
             self._deployment = deployment
-            self._wish = _Wish(version, deployment.settings)
+            self._wish = wish
             self._fault = None
             self._changed.notify_all()
 
@@ -85,47 +111,73 @@ class Route:
             self._deployment = deployment
             self._fault = message
 
-    def generate(self, request: GenerationRequest) -> GenerationStream:
-        """Starts a request on the replica that serves at this moment. Raises `NotReady`, and what the engine raises."""
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerationRequest, *, timeout_s: float | None = None) -> GenerationStream:
+        """Starts a request on one of the replicas; within `timeout_s` it is answered, or ends with an error.
+
+        Raises `NotReady`, `QueueFull`, and what is wrong with the request.
+        """
+        return self._requests.generate(request, timeout_s=timeout_s)
+
+    def call(self, work: Callable[[Served], T], *, weight: float = 1.0) -> T:
+        """What `work` gives for what one of the replicas holds: for models that do not generate. Blocks meanwhile.
+
+        Where that replica is lost `work` is done again on another, so it must be safe to repeat. Raises `NotReady`,
+        and what `work` raises.
+        """
+        tried: set[int] = set()
         while True:
-            replica = self._serving
-            if replica is None:
-                raise NotReady(self.name, self._reason())
+            replica = self._requests.pick(work=weight, avoid=frozenset(tried))
+            tried.add(replica.id)
+            replica.take(weight, self._clock.monotonic_s())
             try:
-                return replica.generate(request)
-            except EngineClosed:
-                if replica is self._serving:  # else the route was flipped between the two lines: ask the new one
-                    raise NotReady(self.name, "its engine is closed") from None
-            except EngineDead as error:
-                with self._changed:
-                    self._changed.notify_all()  # bring in another
-                raise NotReady(self.name, str(error)) from error
+                result = work(replica.held())
+            except LOST as error:
+                replica.failed(self._clock.monotonic_s())
+                self._notify()  # bring in another
+                if len(tried) >= self._deployment.replicas.max_attempts:
+                    raise NotReady(self.name, str(error)) from error
+            else:
+                replica.succeeded()
+                return result
+            finally:
+                replica.release(weight)
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica would take a request at this moment. Asked for every request: takes no lock."""
-        serving = self._serving
-        return serving is not None and serving.is_serving
+        """Whether a replica would take a request at this moment, or comes for one. Asked for every request: takes no
+        lock."""
+        return any(replica.is_serving for replica in self._replicas) or self._is_asleep()
+
+    # ---- what is ----------------------------------------------------------------------------------------------------
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every replica that holds memory, in the order in which they came."""
+        return self._replicas
 
     def status(self) -> DeploymentStatus:
         """What is, as far as this process knows."""
         with self._changed:
-            serving = self._serving if self._serving and self._serving.is_serving else None
+            serving = self._answering()
             failed = self._failed()
             state = DeploymentState.PENDING
-            if serving is not None:
+            if serving is not None or self._is_asleep():
                 state = DeploymentState.READY
             elif failed is not None or (self._wish is None and self._fault is not None):
                 state = DeploymentState.FAILED
-            replicas = [replica for replica in (self._serving, self._incoming, *self._draining) if replica]
+            wanted = self._wish.version.version if self._wish else None
+            order = {ReplicaState.READY: 0, ReplicaState.LOADING: 1, ReplicaState.WARMING: 1}
             return DeploymentStatus(
                 name=self.name,
                 target=self._deployment.target,
                 state=state,
-                version=serving.version.version if serving else None,
-                wanted=self._wish.version.version if self._wish else None,
+                version=serving.version.version if serving else wanted if self._is_asleep() else None,
+                wanted=wanted,
                 error=str(failed.error) if failed else self._fault,
-                replicas=tuple(replica.status() for replica in replicas),
+                replicas=tuple(
+                    replica.status() for replica in sorted(self._replicas, key=lambda one: order.get(one.state, 2))
+                ),
                 updated_at=self._deployment.updated_at,
                 reported_at=None,
             )
@@ -134,7 +186,7 @@ class Route:
         """Blocks until what is wanted serves. Raises the error that prevents it, or `Busy` after `timeout_s`."""
 
         def settled() -> bool:
-            return self._closing or self._is_met() or (self._failed() is not None and self._incoming is None)
+            return self._closing or self._is_met() or (self._failed() is not None and not self._is_loading())
 
         with self._changed:
             if not self._changed.wait_for(settled, timeout_s):
@@ -145,35 +197,75 @@ class Route:
             if failed is not None and not self._is_met():
                 raise failed.error
 
-    def close(self, *, drain: bool = True) -> None:
-        """Stops following, and frees every replica: after their streams have ended, or at once without `drain`."""
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Stops following, and frees every replica: after their streams have ended, for at most `timeout_s`, or at once
+        without `drain`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        self._requests.close()
         with self._changed:
-            serving, self._serving = self._serving, None
-            draining = list(self._draining)
-        if serving is not None:
-            serving.retire(drain=drain)
-        if not drain:
-            for replica in draining:
-                replica.abandon()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._draining)
+            self._changed.wait_for(lambda: not self._is_loading())
+            left = self._replicas
+            for replica in left:
+                if replica.state is not ReplicaState.DRAINING:
+                    self._retire(replica, drain=drain, timeout_s=timeout_s)
+            if not self._changed.wait_for(lambda: not self._replicas, timeout_s if drain else 0):
+                for replica in self._replicas:
+                    threading.Thread(target=replica.abandon, daemon=True).start()
+            self._changed.wait_for(lambda: not self._replicas)
 
     # ---- the route's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._closing and not self._has_work():
+                while not self._closing and not (moves := self._moves()):
                     self._changed.wait(self._wait_s())
-                wish = self._wish
-                if self._closing or wish is None:
+                if self._closing:
                     return
-                replica = self._incoming = Replica(wish.version, wish.settings, self._notify)
-            self._bring_in(wish, replica)
+                self._make(moves)
+
+    def _moves(self) -> Moves:
+        """The next moves; first what the load asks for is found out."""
+        if self._wish is None:
+            return Moves()
+        self._look()
+        failed = self._failed()
+        retry = failed is None or (failed.retry_at_s is not None and self._clock.monotonic_s() >= failed.retry_at_s)
+        return next_moves(
+            [self._member(replica) for replica in self._replicas],
+            wanted=self._scaling.wanted,
+            minimum=self._deployment.replicas.min_replicas,
+            loads_at_once=_LOADS_AT_ONCE[self._wish.backend.kind],
+            may_load=retry,
+            has_room=not self._room_is_short,
+        )
+
+    def _make(self, moves: Moves) -> None:
+        by_id = {replica.id: replica for replica in self._replicas}
+        assert self._wish is not None
+        for id in moves.open:
+            by_id[id].open()
+            self._log.info("version_ready", version=by_id[id].version.version)
+        for id in moves.drain:
+            by_id[id].begin_drain()
+        # The flip: one assignment, after which new requests see the new replicas only.
+        self._requests.open_to([replica for replica in self._replicas if replica.is_serving])
+        for id in (*moves.drain, *moves.discard):
+            self._retire(by_id[id], drain=id in moves.drain)
+        if moves.open:
+            self._has_served, self._failure = True, None
+        for _ in range(moves.load):
+            replica = Replica(
+                self._wish.version, self._wish.settings, self._wish.backend, self._notify, id=next(self._ids)
+            )
+            self._replicas = (*self._replicas, replica)
+            arguments = (self._wish, replica)
+            threading.Thread(target=self._bring_in, args=arguments, name=f"load {self.name}", daemon=True).start()
+        self._room_is_short &= not self._is_met()
+        self._changed.notify_all()
 
     def _bring_in(self, wish: _Wish, replica: Replica) -> None:
         self._log.info("version_loading", version=wish.version.version)
@@ -181,41 +273,83 @@ class Route:
             replica.load(self._load)
             if self._still_wanted(wish):
                 replica.warm()
+                return
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a version, the one that serves goes on
             self._log.warning("version_failed", version=wish.version.version, error=repr(error))
-            self._drop(replica, _failure(wish, error, self._failure, self._clock.monotonic_s()))
+            self._remove(replica, _failure(wish, error, self._failure, self._clock.monotonic_s()))
             return
-        with self._changed:
-            if not self._still_wanted(wish):
-                flipped, old = False, None
-            else:
-                replica.open()
-                flipped, old = True, self._serving
-                self._serving, self._incoming, self._failure = replica, None, None
-                if old is not None:
-                    self._draining.append(old)
-                self._changed.notify_all()
-        if not flipped:
-            self._drop(replica, None)
-            return
-        self._log.info("version_ready", version=wish.version.version)
-        if old is not None:
-            threading.Thread(target=self._drain, args=(old,), name=f"drain {self.name}", daemon=True).start()
+        self._remove(replica, None)
 
-    def _drop(self, replica: Replica, failure: _Failure | None) -> None:
+    def _remove(self, replica: Replica, failure: _Failure | None) -> None:
+        """Frees a replica that never served."""
         replica.retire(drain=False)
         with self._changed:
-            self._incoming = None
-            self._failure = failure
+            self._replicas = tuple(other for other in self._replicas if other is not replica)
+            if failure is not None:
+                self._failure = failure
+                self._room_is_short |= isinstance(failure.error, NoMemory | NoRoom) and failure.wish.is_met_by(
+                    self._wish
+                )
             self._changed.notify_all()
+        if failure is not None and failure.retry_at_s is None and not self.is_ready:
+            self._requests.give_up_waiting(NotReady(self.name, str(failure.error)))
 
-    def _drain(self, replica: Replica) -> None:
-        try:
-            replica.retire()
-        finally:
-            with self._changed:
-                self._draining.remove(replica)
-                self._changed.notify_all()
+    def _retire(self, replica: Replica, *, drain: bool, timeout_s: float | None = None) -> None:
+        def retire() -> None:
+            try:
+                replica.retire(drain=drain, timeout_s=timeout_s)
+            finally:
+                with self._changed:
+                    self._replicas = tuple(other for other in self._replicas if other is not replica)
+                    if self._room_is_short and self._failure is not None and self._failure.retry_at_s is not None:
+                        self._failure = _retried_now(self._failure, self._clock.monotonic_s())  # there is more room now
+                    self._changed.notify_all()
+
+        if replica.state is not ReplicaState.DRAINING:
+            replica.begin_drain()
+        threading.Thread(target=retire, name=f"drain {self.name}", daemon=True).start()
+
+    def _look(self) -> None:
+        """Takes the load into account: once a second where the number of replicas may change."""
+        config = self._deployment.replicas
+        now_s = self._clock.monotonic_s()
+        wakes = self._requests.num_waiting > 0 and self._scaling.wanted == 0
+        if self._wish is None or not (wakes or (config.is_elastic and now_s >= self._next_look_s)):
+            return
+        self._next_look_s = now_s + _TICK_S
+        there = [replica for replica in self._replicas if self._wish.is_met_by(replica)]
+        ready = [replica for replica in self._replicas if replica.is_serving]
+        seen = Observation(
+            now_s=now_s,
+            ready=len(ready),
+            coming=sum(replica.state in (ReplicaState.LOADING, ReplicaState.WARMING) for replica in there),
+            in_hand=sum(replica.in_flight for replica in ready) + self._requests.num_waiting,
+            kv_used=sum(replica.kv_used for replica in ready) / max(1, len(ready)),
+            ttft_s=self._requests.ttft_s(),
+            last_request_s=self._requests.last_request_s or self._opened_s(),
+        )
+        target = config.scaling.target_in_flight or max(1.0, _FILLED * self._wish.settings.max_batch_size)
+        former, self._scaling = self._scaling.wanted, decide(config, target, self._scaling, seen)
+        if self._scaling.wanted != former:
+            self._log.info("replicas_wanted", former=former, wanted=self._scaling.wanted, in_hand=seen.in_hand)
+
+    # ---- under the condition ----------------------------------------------------------------------------------------
+
+    def _opened_s(self) -> float | None:
+        return self._scaling.watched_s  # a new deployment is idle from when it is first looked at
+
+    def _member(self, replica: Replica) -> Member:
+        stage: Stage = "loading"
+        if replica.state in (ReplicaState.DRAINING, ReplicaState.GONE):  # GONE: its thread is about to forget it
+            stage = "draining"
+        elif replica.state is ReplicaState.READY or replica.is_warm:
+            stage = "dead" if not replica.is_alive else "ready" if replica.state is ReplicaState.READY else "warm"
+        return Member(
+            replica.id,
+            self._wish is not None and self._wish.is_met_by(replica),
+            stage,
+            replica.in_flight,
+        )
 
     def _notify(self) -> None:
         with self._changed:
@@ -225,32 +359,59 @@ class Route:
         with self._changed:
             return not self._closing and wish.is_met_by(self._wish)
 
-    def _is_met(self) -> bool:
-        """Whether what is wanted serves, its engine alive."""
-        serving = self._serving
-        return serving is not None and serving.is_serving and self._wish is not None and self._wish.is_met_by(serving)
+    def _answering(self) -> Replica | None:
+        """A replica that serves: of the wanted version if there is one."""
+        serving = [replica for replica in self._replicas if replica.is_serving]
+        current = [replica for replica in serving if self._wish is not None and self._wish.is_met_by(replica)]
+        return next(iter(current or serving), None)
 
-    def _has_work(self) -> bool:
-        if self._wish is None or self._is_met() or len(self._draining) >= _MAX_DRAINING:
+    def _is_met(self) -> bool:
+        """Whether what is wanted serves, alive and alone."""
+        serving = [replica for replica in self._replicas if replica.is_serving]
+        if self._wish is None or not all(self._wish.is_met_by(replica) for replica in serving):
             return False
-        failed = self._failed()
-        return failed is None or (failed.retry_at_s is not None and self._clock.monotonic_s() >= failed.retry_at_s)
+        return self._is_asleep() or len(serving) >= max(
+            1, min(self._scaling.wanted, self._deployment.replicas.min_replicas)
+        )
+
+    def _is_asleep(self) -> bool:
+        """Whether there is no replica because there was no request: one comes with the next."""
+        return self._has_served and self._scaling.wanted == 0 and self._failed() is None
+
+    def _is_loading(self) -> bool:
+        return any(self._member(replica).stage == "loading" for replica in self._replicas)
 
     def _wait_s(self) -> float | None:
+        waits = []
         failed = self._failed()
-        if failed is None or failed.retry_at_s is None or len(self._draining) >= _MAX_DRAINING:
-            return None
-        return max(0.01, failed.retry_at_s - self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        if failed is not None and failed.retry_at_s is not None and now_s < failed.retry_at_s:
+            waits.append(failed.retry_at_s - now_s)
+        if self._deployment.replicas.is_elastic and self._wish is not None:
+            waits.append(max(0.01, self._next_look_s - now_s))
+        return max(0.01, min(waits)) if waits else None
 
     def _failed(self) -> _Failure | None:
         """The failure of what is wanted now; one of another version no longer matters."""
         return self._failure if self._failure and self._failure.wish.is_met_by(self._wish) else None
+
+    def _why_none(self) -> NotReady | None:
+        """Why a request is refused while there is no replica; None when one is on its way and it may wait."""
+        failed = self._failed()
+        is_coming = self._has_served and self._wish is not None and not self._closing
+        if is_coming and (failed is None or failed.retry_at_s is not None):
+            return None
+        return NotReady(self.name, self._reason())
 
     def _reason(self) -> str:
         failed = self._failed()
         if failed is not None:
             return str(failed.error)
         return self._fault or ("its model is loading" if self._wish else "it has just been created")
+
+
+def _retried_now(failure: _Failure, now_s: float) -> _Failure:
+    return _Failure(failure.wish, failure.error, failure.attempts, now_s)
 
 
 def _failure(wish: _Wish, error: Exception, former: _Failure | None, now_s: float) -> _Failure:

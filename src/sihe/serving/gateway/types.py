@@ -8,17 +8,9 @@ from enum import StrEnum
 
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.replicas.types import ReplicaState as ReplicaState
+from sihe.serving.gateway.replicas.types import ReplicaStatus as ReplicaStatus
 from sihe.serving.gateway.traffic.types import TrafficPolicy
-
-
-class ReplicaState(StrEnum):
-    """A replica's life, in order; only READY ones get requests."""
-
-    LOADING = "LOADING"
-    WARMING = "WARMING"
-    READY = "READY"
-    DRAINING = "DRAINING"
-    GONE = "GONE"
 
 
 class DeploymentState(StrEnum):
@@ -50,15 +42,6 @@ class Deployment:
     def target(self) -> str:
         """The followed reference, such as `gpt@production`."""
         return f"{self.model}@{self.selector}" if self.selector else self.model
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    """One loaded, or loading, version."""
-
-    version: int
-    state: ReplicaState
-    in_flight: int
 
 
 @dataclass(frozen=True, slots=True)

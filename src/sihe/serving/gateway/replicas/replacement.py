@@ -54,7 +54,8 @@ def next_moves(
     loading = [member for member in of["loading"] if member.is_current]
     moves = Moves(discard=discard)
     if old and len(serving) + len(warm) < wanted:
-        moves = _exchange(moves, old, serving, warm, minimum=minimum, has_room=has_room, drains=bool(of["draining"]))
+        if not has_room:
+            moves = _exchange(moves, old, serving, warm, wanted=wanted, minimum=minimum, drains=bool(of["draining"]))
     elif warm or old:  # flip
         moves = Moves(0, tuple(item.id for item in warm), tuple(item.id for item in old), discard)
     surplus = len(serving) + len(warm) - wanted
@@ -75,19 +76,21 @@ def _exchange(
     serving: list[Member],
     warm: list[Member],
     *,
+    wanted: int,
     minimum: int,
-    has_room: bool,
     drains: bool,
 ) -> Moves:
     """What a replacement for which there is no room does, while too few of the new replicas are there."""
-    if has_room:
-        return moves
     leaving = sorted(old, key=lambda member: (member.in_flight, member.id))
     if warm:
-        chosen = leaving[: len(warm)]
-        return Moves(0, tuple(item.id for item in warm), tuple(item.id for item in chosen), moves.discard)
+        surplus = max(0, len(old) + len(serving) + len(warm) - wanted)
+        return Moves(
+            open=tuple(item.id for item in warm),
+            drain=tuple(item.id for item in leaving[:surplus]),
+            discard=moves.discard,
+        )
     if not drains and len(old) + len(serving) > max(1, minimum):
-        return Moves(0, (), (leaving[0].id,), moves.discard)
+        return Moves(drain=(leaving[0].id,), discard=moves.discard)
     return moves
 
 

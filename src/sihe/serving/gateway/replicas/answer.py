@@ -1,0 +1,164 @@
+"""A request on its way through the replicas: until its first token it can change them, afterwards it cannot.
+
+Generating has no side effects, so a request that nobody has seen a token of may be computed again, or twice at once;
+one whose answer has begun ends with the error of its replica, as another replica could go on with other words.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sihe.core.errors import InternalError, Unreachable
+from sihe.serving.engine.stream import GenerationStream, Wake
+from sihe.serving.engine.types import GenerationEvent, GenerationRequest
+from sihe.serving.errors import EngineClosed, EngineDead, ReplicaLost
+from sihe.serving.gateway.replicas.balancer import prefix_of, work_of
+from sihe.serving.gateway.replicas.replica import Replica
+
+LOST = (EngineClosed, EngineDead, ReplicaLost, Unreachable)
+"""Errors of a replica, not of the request: another one may answer it."""
+
+
+class Desk(Protocol):
+    """Who hears how requests fare (`Dispatcher`). Called from engines' threads: returns at once."""
+
+    def began(self, answer: RoutedStream, replica: Replica) -> None:
+        """The first event has come."""
+        ...
+
+    def finished(self, replica: Replica) -> None:
+        """An answer is whole."""
+        ...
+
+    def failed(self, answer: RoutedStream, replica: Replica, error: BaseException, *, again: bool) -> None:
+        """A replica failed; with `again` the request must be sent to another."""
+        ...
+
+    def left(self, answer: RoutedStream) -> None:
+        """The reader has closed the stream."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One try on one replica."""
+
+    answer: RoutedStream
+    replica: Replica
+    stream: GenerationStream | None = field(default=None, repr=False)
+
+    def relay(self, said: GenerationEvent | BaseException) -> Wake | None:
+        """Takes what the replica's engine says."""
+        return self.answer.hear(self, said)
+
+    def close(self) -> None:
+        """Aborts it."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+class RoutedStream(GenerationStream):
+    """The stream of a request whose replica may change before its first event."""
+
+    def __init__(self, id: int, request: GenerationRequest, desk: Desk, *, now_s: float, max_attempts: int) -> None:
+        super().__init__(id, "", abort=self._leave)
+        self.request = request
+        self.began_s = now_s
+        self.work = work_of(request)
+        self.prefix = prefix_of(request)
+        self.tried: set[int] = set()
+        self._desk = desk
+        self._max_attempts = max_attempts
+        self._lock = threading.Lock()
+        self._running: list[Attempt] = []
+        self._winner: Attempt | None = None
+        self._over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self._over
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first event has come."""
+        return self._winner is not None
+
+    def attempt(self, replica: Replica) -> Attempt:
+        """Takes note that the request goes to `replica`."""
+        attempt = Attempt(self, replica)
+        with self._lock:
+            self.tried.add(replica.id)
+            self._running.append(attempt)
+            if self._winner is None:
+                self.served_by = replica.served_by
+        return attempt
+
+    def refused(self, attempt: Attempt) -> None:
+        """The replica did not take it."""
+        with self._lock:
+            self._running.remove(attempt)
+
+    def accepted(self, attempt: Attempt, stream: GenerationStream) -> None:
+        """The replica took it; it is aborted at once where that has become pointless."""
+        with self._lock:
+            attempt.stream = stream
+            pointless = attempt not in self._running
+        if pointless:
+            stream.close()
+
+    def end(self, error: BaseException) -> Wake | None:
+        """Ends it with an error, whatever runs; the reader to wake."""
+        with self._lock:
+            if self._over:
+                return None
+            running, self._running, self._over = self._running, [], True
+        for attempt in running:
+            attempt.close()
+        return self.fail(error)
+
+    def hear(self, attempt: Attempt, said: GenerationEvent | BaseException) -> Wake | None:
+        """Takes what an attempt's engine says; the reader to wake. On the engine's thread."""
+        if isinstance(said, BaseException):
+            return self._hear_error(attempt, said)
+        losers: list[Attempt] = []
+        with self._lock:
+            if self._over or self._winner not in (None, attempt):
+                return None
+            first = self._winner is None
+            if first:
+                losers = [other for other in self._running if other is not attempt]
+                self._winner, self._running = attempt, [attempt]
+                self.served_by = attempt.replica.served_by
+            self._over = said.finish_reason is not None
+        for loser in losers:
+            loser.close()
+        if first:
+            self._desk.began(self, attempt.replica)
+        if said.finish_reason is not None:
+            self._desk.finished(attempt.replica)
+        return self.deliver(said)
+
+    def _hear_error(self, attempt: Attempt, error: BaseException) -> Wake | None:
+        with self._lock:
+            if self._over or attempt not in self._running:
+                return None
+            self._running.remove(attempt)
+            has_begun = self._winner is attempt
+            another_runs = bool(self._running) and not has_begun
+            again = not has_begun and not another_runs and isinstance(error, LOST)
+            again = again and len(self.tried) < self._max_attempts
+            last = not another_runs and not again
+            self._over |= last
+        if isinstance(error, (*LOST, InternalError)):
+            self._desk.failed(self, attempt.replica, error, again=again)
+        return self.fail(error) if last else None
+
+    def _leave(self, _id: int) -> None:
+        with self._lock:
+            running, self._running, self._over = self._running, [], True
+        for attempt in running:
+            attempt.close()
+        self._desk.left(self)

@@ -1,0 +1,45 @@
+"""Loads versions where their backend says: into this process, an actor of a Ray cluster, or a server of its own."""
+
+from __future__ import annotations
+
+from sihe.core.errors import ConfigError
+from sihe.core.tracking import ModelVersion
+from sihe.core.workspace import Workspace
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.ports import EngineObserver, RequestStats, StepStats
+from sihe.serving.gateway.replicas.config import Backend, LocalBackend
+from sihe.serving.gateway.replicas.ports import Served
+
+
+class Observers:
+    """Several observers of one engine."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        self._observers = observers
+
+    def on_step(self, stats: StepStats) -> None:
+        """Tells each."""
+        for observer in self._observers:
+            observer.on_step(stats)
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Tells each."""
+        for observer in self._observers:
+            observer.on_request(stats)
+
+    def on_close(self) -> None:
+        """Tells each."""
+        for observer in self._observers:
+            observer.on_close()
+
+
+def load(
+    workspace: Workspace, version: ModelVersion, settings: EngineConfig, backend: Backend, observer: EngineObserver
+) -> Served:
+    """What serves `version` on `backend`. Raises what is wrong with it, `NoMemory`, `NoRoom`, `MissingExtra`."""
+    from sihe.serving.engine.engine import Engine
+
+    if not isinstance(backend, LocalBackend):
+        raise ConfigError(f"backend {backend.kind!r} is not built: use local", key="backend")
+    name = f"{version.name}@{version.version}"
+    return Engine.load(workspace.tracking.download(version), settings, name=name, observer=observer)
