@@ -72,11 +72,11 @@ class Mixing(nn.Module):
     def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, places: Places, attend: Attend | None) -> Tensor:
         """Mixed values, [B, T, N, H]. Raises `ConfigError` where `attend` would not compute what the model asks for."""
         if attend is not None:
-            window = getattr(attend, "window", None)
-            if not self.causal or self.bias is not None or places.mask is not None or window != self.window:
+            is_same = (getattr(attend, "causal", True), getattr(attend, "window", None)) == (self.causal, self.window)
+            if not is_same or self.bias is not None or places.mask is not None:
                 raise ConfigError(
-                    "another attention can only take the place of causal attention over the same window, and this "
-                    "model or pass has another window, documents, a bias on scores or no causal mask",
+                    "another attention can only take the place of one with the same causal mask and window, and this "
+                    "model or pass has others, documents or a bias on scores",
                     key="attention",
                 )
             return attend(self.layer, q_BTNH, k_BTKH, v_BTKH)

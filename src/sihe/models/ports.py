@@ -12,7 +12,8 @@ class Attend(Protocol):
     """Attention of one layer, as the decoder calls it.
 
     A serving engine hands in one that writes keys and values to its cache and attends over what the cache holds. Where
-    the model has a window, an attribute `window` says that this attention keeps to it.
+    the model has a window, an attribute `window` says that this attention keeps to it; where it is an encoder, an
+    attribute `causal` is False.
     """
 
     def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, /) -> Tensor:

@@ -98,8 +98,8 @@ class Transformer(nn.Module):
         if self.type_embedding is not None:
             x_BTD = x_BTD + self.type_embedding(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
         if self.config.positions.kind in ("learned", "sinusoidal"):
-            check_length(tokens_BT.shape[1], self.config.max_positions)
             if positions_BT is None:
+                check_length(tokens_BT.shape[1], self.config.max_positions)
                 positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             x_BTD = x_BTD + self._position_vectors(positions_BT, x_BTD.dtype)
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
@@ -126,6 +126,8 @@ class Transformer(nn.Module):
         positions that are not given begin at 0 in each. `types_BT` are the segments of a model that has them.
         """
         if positions_BT is None and documents_BT is not None:
+            if self.config.positions.kind in ("learned", "sinusoidal"):
+                check_length(tokens_BT.shape[1], self.config.max_positions)
             positions_BT = positions_in(documents_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, types_BT)
         if positions_BT is None:
