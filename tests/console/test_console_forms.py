@@ -112,3 +112,35 @@ def test_keys(tmp_path: Path) -> None:
         assert client.get("/v1/models").status_code == 200
         client.post("/logout")
         assert client.get("/api/deployments").status_code == 401
+
+
+def test_keys_of_the_records_open_what_their_rights_say(tmp_path: Path) -> None:
+    from sihe.core import settings
+    from sihe.core.workspace import Workspace
+    from sihe.serving.tenants import Right, TenantStore
+
+    with Workspace(settings.load({"home": str(tmp_path / "home")}, environ={}, directory=tmp_path)) as workspace:
+        app = create_app(workspace)
+        client = TestClient(app, base_url="http://127.0.0.1")
+        assert client.get("/about", headers=HTML).status_code == 200  # nobody has made a key yet
+        store = TenantStore(workspace.records, workspace.clock)
+        admin, key = store.create_key("me", rights=frozenset({Right.ADMIN}))
+        _, other = store.create_key("app", rights=frozenset({Right.INFER}))
+        app.state.console.access.forget()
+        answer = client.get("/about", headers=HTML, follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2Fabout")
+        infer = {"authorization": f"Bearer {other.text}"}
+        assert client.get("/v1/models", headers=infer).status_code == 200
+        for path in ("/about", "/metrics", "/api/deployments", "/api/indexes", "/api/keys", "/nowhere"):
+            assert client.get(path, headers=infer).status_code == 403, path
+        refused = client.post("/login", data={"key": other.text}, headers=HTML)
+        assert refused.status_code == 403
+        assert not client.cookies
+        entered = client.post("/login", data={"key": key.text}, follow_redirects=False)
+        assert entered.status_code == 303
+        assert key.text not in entered.headers["set-cookie"]
+        assert client.get("/about", headers=HTML).status_code == 200
+        store.set_enabled(admin.id, enabled=False)
+        app.state.console.access.forget()
+        assert client.get("/about", headers=HTML, follow_redirects=False).status_code == 303
+        app.state.console.access.close()

@@ -26,10 +26,13 @@ from sihe.console.pages import about, coach, labs, models, playground, runs, sea
 from sihe.console.security import Guard, SecurityHeaders
 from sihe.console.traffic import Traffic, metrics_text
 from sihe.console.views import STATIC, Views, static_url
+from sihe.core.errors import SiheError, Unauthorized
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors
 from sihe.serving.api import router as serving_api
 from sihe.serving.gateway import Gateway
+from sihe.serving.protocol import error_body
+from sihe.serving.tenants import Access
 from sihe.vectors import Database
 from sihe.vectors.api import router as vectors_api
 from sihe.version import __version__
@@ -41,7 +44,9 @@ def create_app(workspace: Workspace) -> FastAPI:
     """The whole house as one ASGI application; its lifespan starts and stops the gateway."""
     settings = workspace.settings
     views = Views(workspace.clock, settings.locale)
-    console = Console(workspace, views, Gateway(workspace), RagService(workspace), CoachService(workspace))
+    console = Console(
+        workspace, views, Gateway(workspace), Access(workspace), RagService(workspace), CoachService(workspace)
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +60,7 @@ def create_app(workspace: Workspace) -> FastAPI:
         finally:
             console.stopping.set()
             await asyncio.to_thread(console.gateway.close)
+            await asyncio.to_thread(console.access.close)  # after the last request: what it used is written
 
     # FastAPI's own documentation pages load scripts from a CDN: the schema stays, those pages go.
     app = FastAPI(title="Sihe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -62,7 +68,7 @@ def create_app(workspace: Workspace) -> FastAPI:
     install_failures(app, views)
     install_errors(app)
     for routes in (
-        serving_api(console.gateway),
+        serving_api(console.gateway, console.access),
         rag_api(console.rag),
         coach_api(console.coach),
         vectors_api(Database(workspace.path("vectors"))),
@@ -86,19 +92,22 @@ def create_app(workspace: Workspace) -> FastAPI:
 
     # The last one added is the outermost: headers on every answer, whoever gave it.
     app.add_middleware(Bugs, views=views)
-    app.add_middleware(Guard, host=settings.server.host, keys=settings.server.api_keys, refuse=_refusal(views))
+    app.add_middleware(Guard, host=settings.server.host, access=console.access, refuse=_refusal(views))
     app.add_middleware(Traffic)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=6)
     app.add_middleware(SecurityHeaders)
     return app
 
 
-def _refusal(views: Views) -> Callable[[Request, int, str], Response]:
-    def refuse(request: Request, status: int, reason: str) -> Response:
+def _refusal(views: Views) -> Callable[[Request, SiheError], Response]:
+    def refuse(request: Request, error: SiheError) -> Response:
         is_page = request.method == "GET" and "text/html" in request.headers.get("accept", "")
-        if status == 401 and is_page:
+        if isinstance(error, Unauthorized) and is_page:
             return RedirectResponse(f"/login?{urlencode({'next': _target(request)})}", status_code=303)
-        return failure(views, request, status, reason, kind="Unauthorized" if status == 401 else "Forbidden")
+        status, body, headers = error_body(error)
+        if request.url.path.startswith("/v1/"):
+            return JSONResponse(body, status, headers)
+        return failure(views, request, status, str(error), kind=type(error).__name__, headers=headers)
 
     return refuse
 

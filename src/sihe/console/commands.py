@@ -22,6 +22,7 @@ def up(
     """Serve the console and the APIs until Ctrl-C."""
     from sihe.console.security import is_loopback
     from sihe.console.server import serve
+    from sihe.serving.tenants import Access
 
     def ready(url: str) -> None:
         terminal.say(f"console     {url}")
@@ -32,10 +33,10 @@ def up(
 
     with terminal.workspace({"server.host": host, "server.port": port}) as workspace:
         settings = workspace.settings.server
-        if not is_loopback(settings.host) and not settings.api_keys:
+        if not is_loopback(settings.host) and Access(workspace).is_open():
             typer.echo(
                 f"warning: {settings.host} can be reached from other machines and no key is asked for: "
-                "set SIHE_SERVER_API_KEYS",
+                "make one with  sihe keys create",
                 err=True,
             )
         try:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sihe.apps.coach.service import CoachService
     from sihe.apps.rag.service import RagService
     from sihe.serving.gateway import Gateway
+    from sihe.serving.tenants import Access
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Console:
     workspace: Workspace
     views: Views
     gateway: Gateway
+    access: Access
     rag: RagService
     coach: CoachService
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

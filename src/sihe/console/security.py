@@ -7,17 +7,18 @@ resolves to 127.0.0.1 (DNS rebinding).
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Callable, Iterable, Sequence
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sihe.core.errors import Forbidden, InvalidInput, SiheError
+from sihe.serving.tenants.access import Access
+from sihe.serving.tenants.http import address_of
 
 POLICY = "; ".join(
     (
@@ -43,7 +44,6 @@ _HEADERS = {
 }
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 _OPEN_PATHS = ("/healthz", "/static/", "/login")
-SESSION_COOKIE = "sihe_session"
 
 
 class SecurityHeaders:
@@ -69,14 +69,17 @@ class SecurityHeaders:
 
 
 class Guard:
-    """Lets a request in, or answers it with `refuse(request, status, reason)`: the Host, origin and key rules."""
+    """Lets a request in, or answers it with `refuse(request, error)`: the Host, origin and key rules.
+
+    Rooms find who calls in `request.state.caller`, and need not ask again.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, host: str, keys: Sequence[str], refuse: Callable[[Request, int, str], Response]
+        self, app: ASGIApp, *, host: str, access: Access, refuse: Callable[[Request, SiheError], Response]
     ) -> None:
         self._app = app
         self._host = host
-        self._keys = keys
+        self._access = access
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,20 +88,23 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
-        refusal = self._foreign(request)
-        if refusal is None and self._keys and not request.url.path.startswith(_OPEN_PATHS):
-            key = key_of(request.headers, self._keys)
-            if key is None:
-                refusal = 401, "a key is needed: send it as  Authorization: Bearer …"
-            request.state.is_authorised = key is not None  # rooms that check keys themselves let it pass
-        await (self._refuse(request, *refusal) if refusal else self._app)(scope, receive, send)
+        try:
+            self._check_origin(request)
+            if not request.url.path.startswith(_OPEN_PATHS):
+                caller = await self._access.identify_async(request.headers, address_of(request), sessions=True)
+                self._access.require(caller, request.method, request.url.path)
+                request.state.caller = caller
+        except SiheError as error:
+            await self._refuse(request, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
-    def _foreign(self, request: Request) -> tuple[int, str] | None:
+    def _check_origin(self, request: Request) -> None:
         if is_foreign_host(request.headers, listening_on=self._host):
-            return 400, f"this server answers on this machine only, not as {request.headers.get('host', '')!r}"
+            named = request.headers.get("host", "")
+            raise InvalidInput(f"this server answers on this machine only, not as {named!r}")
         if is_foreign_write(request):
-            return 403, "a page of another site may not change anything here"
-        return None
+            raise Forbidden("a page of another site may not change anything here")
 
 
 def is_foreign_write(request: Request) -> bool:
@@ -131,27 +137,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def session_for(key: str) -> str:
-    """What a browser keeps in a cookie after it showed `key`: proof of the key, without the key."""
-    return hmac.new(key.encode(), b"sihe console session", hashlib.sha256).hexdigest()
-
-
-def key_of(headers: Headers, keys: Iterable[str]) -> str | None:
-    """The one of `keys` that the request carries as Bearer token, or proves by the session cookie that the key gave."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    shown = token.strip() if scheme.lower() == "bearer" else ""
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(SESSION_COOKIE)
-    except CookieError:
-        cookie = None
-    session = cookie.value if cookie else ""
-    # Every key is compared, and in constant time, so that the answer's delay tells nothing about them.
-    matching = [
-        key
-        for key in keys
-        if hmac.compare_digest(key.encode(), shown.encode())
-        | hmac.compare_digest(session_for(key).encode(), session.encode())
-    ]
-    return matching[0] if matching else None

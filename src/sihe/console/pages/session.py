@@ -1,15 +1,17 @@
-"""`/login`: a browser shows a key once and keeps a cookie that proves it. Only where `server.api_keys` are set."""
+"""`/login`: a browser shows a key once and keeps a cookie that proves it. Only where keys are asked for."""
 
 from __future__ import annotations
 
-import hmac
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from sihe.console.context import Console
-from sihe.console.security import SESSION_COOKIE, session_for
+from sihe.core.errors import Forbidden, SiheError
+from sihe.core.http import status_of
+from sihe.serving.tenants.access import SESSION_COOKIE
+from sihe.serving.tenants.http import address_of
 
 _MONTH_S = 30 * 24 * 3600
 
@@ -17,7 +19,6 @@ _MONTH_S = 30 * 24 * 3600
 def router(console: Console) -> APIRouter:
     """The routes of the session."""
     routes = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
-    keys = console.workspace.settings.server.api_keys
 
     @routes.get("/login")
     def form(request: Request, next: str = "/") -> HTMLResponse:
@@ -25,13 +26,21 @@ def router(console: Console) -> APIRouter:
 
     @routes.post("/login")
     def login(request: Request, key: Annotated[str, Form()], next: Annotated[str, Form()] = "/") -> Response:
-        matching = [known for known in keys if hmac.compare_digest(known.encode(), key.encode())]
-        if not matching:
-            return console.views.page(request, "login.html", status=401, next=_own(next), wrong=True)
+        try:
+            session = console.access.open_session(key, address_of(request))
+        except SiheError as error:
+            return console.views.page(
+                request,
+                "login.html",
+                status=status_of(error),
+                next=_own(next),
+                wrong=True,
+                has_no_right=isinstance(error, Forbidden),
+            )
         response = RedirectResponse(_own(next), status_code=303)
         response.set_cookie(
             SESSION_COOKIE,
-            session_for(matching[0]),
+            session,
             max_age=_MONTH_S,
             httponly=True,
             samesite="strict",
