@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.replicas.config import ReplicaConfig, ScalingConfig
 
+_SOME = 1e-6  # of a replica: there is a request
+_EXACT = 1e-9  # keeps 3.0000000001 from becoming 4
 _TTFT_GAIN = 2.0  # a wait of twice its target and more asks for at most this many times the replicas at once
 
 
@@ -32,31 +34,44 @@ class Observation:
     last_request_s: float | None
 
 
+_History = tuple[tuple[float, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What the next decision must know: how many are wanted, since when, and what would have sufficed lately."""
+    """What the next decision must know: how many are wanted, since when, and what would have been right lately."""
 
     wanted: int
     raised_s: float = -math.inf
     watched_s: float | None = None
     """Since when it has been observed."""
-    sufficient: tuple[tuple[float, int], ...] = ()
+    asked: _History = ()
+    """(when, how many were asked for) within `up_after_s`, oldest first: those below which nothing later went."""
+    sufficient: _History = ()
     """(when, how many would have sufficed) within `down_after_s`, oldest first: those that nothing later exceeds."""
 
 
 def decide(config: ReplicaConfig, target_in_flight: float, state: ScalingState, seen: Observation) -> ScalingState:
     """The next state; its `wanted` is the number of replicas to have."""
-    sufficient = _sufficient(config, target_in_flight, state.wanted, seen)
-    window_s = config.scaling.down_after_s
-    history = _noted(state.sufficient, seen.now_s, sufficient, window_s)
-    watched_s = seen.now_s if state.watched_s is None else state.watched_s
-    state = replace(state, wanted=_within(state.wanted, config), watched_s=watched_s, sufficient=history)
-    if sufficient > state.wanted:
-        if state.wanted > 0 and seen.now_s - state.raised_s < config.scaling.up_cooldown_s:
+    scaling, now_s = config.scaling, seen.now_s
+    load = _load(config, target_in_flight, state.wanted, seen)
+    asked = _noted(state.asked, now_s, _within(_up(load, scaling), config), scaling.up_after_s, least=True)
+    sufficient = _noted(
+        state.sufficient, now_s, _within(_down(load, scaling), config), scaling.down_after_s, least=False
+    )
+    watched_s = now_s if state.watched_s is None else state.watched_s
+    wanted = _within(state.wanted, config)
+    state = replace(state, wanted=wanted, watched_s=watched_s, asked=asked, sufficient=sufficient)
+    lasting, most = asked[0][1], sufficient[0][1]
+    if seen.ready == 0:  # cold: who waits, waits for nothing else
+        lasting = asked[-1][1]
+    elif now_s - watched_s < scaling.up_after_s:
+        lasting = wanted
+    if lasting > wanted:
+        if wanted > 0 and now_s - state.raised_s < scaling.up_cooldown_s:
             return state
-        return replace(state, wanted=min(sufficient, max(1, 2 * state.wanted)), raised_s=seen.now_s)
-    most = history[0][1]
-    if most < state.wanted and seen.now_s - watched_s >= window_s:
+        return replace(state, wanted=min(lasting, max(1, 2 * wanted)), raised_s=now_s)
+    if most < wanted and now_s - watched_s >= scaling.down_after_s:
         return replace(state, wanted=most)
     return state
 
@@ -66,32 +81,41 @@ def initial(config: ReplicaConfig) -> ScalingState:
     return ScalingState(max(1, config.min_replicas))
 
 
-def _sufficient(config: ReplicaConfig, target_in_flight: float, wanted: int, seen: Observation) -> int:
-    """How many replicas would meet every target now."""
-    if seen.in_hand == 0 and config.min_replicas == 0:
+def _load(config: ReplicaConfig, target_in_flight: float, wanted: int, seen: Observation) -> float:
+    """The load in replicas: so many would each just meet the target of the measure that asks for most."""
+    if seen.in_hand == 0:
         idle = seen.last_request_s is None or seen.now_s - seen.last_request_s >= config.scaling.idle_s
-        return 0 if idle else min(1, wanted)
-    if seen.ready == 0:  # cold: nothing is known but how many wait
-        return _within(max(wanted, math.ceil(seen.in_hand / target_in_flight), min(seen.in_hand, 1)), config)
-    present = seen.ready + seen.coming
-    ratios = [seen.in_hand / (target_in_flight * present)]
+        return 0.0 if idle else min(1.0, float(wanted))
+    by_requests = max(seen.in_hand / target_in_flight, _SOME)
+    if seen.ready == 0:
+        return max(by_requests, float(wanted))
+    loads = [by_requests]
     if seen.coming == 0:  # what is on its way will share the caches' load, and the waits
-        ratios.append(seen.kv_used / config.scaling.target_kv if seen.in_hand else 0.0)
+        loads.append(seen.ready * seen.kv_used / config.scaling.target_kv)
         if config.scaling.target_ttft_s is not None and seen.ttft_s is not None and seen.in_hand > seen.ready:
-            ratios.append(min(_TTFT_GAIN, seen.ttft_s / config.scaling.target_ttft_s))
-    ratio = max(ratios)
-    if abs(ratio - 1.0) <= config.scaling.tolerance:
-        return _within(present, config)
-    # At least one while there are requests; the small term keeps 3.0000000001 from becoming 4.
-    return _within(max(1, math.ceil(ratio * present - 1e-9)), config)
+            loads.append(seen.ready * min(_TTFT_GAIN, seen.ttft_s / config.scaling.target_ttft_s))
+    return max(loads)
 
 
-def _noted(
-    history: tuple[tuple[float, int], ...], now_s: float, sufficient: int, window_s: float
-) -> tuple[tuple[float, int], ...]:
-    """The history with the newest number: falling, so that its first number is the most of the window."""
-    kept = [(at_s, number) for at_s, number in history if number > sufficient and at_s > now_s - window_s]
-    return (*kept, (now_s, sufficient))
+def _up(load: float, scaling: ScalingConfig) -> int:
+    """How many a load asks for: what exceeds whole replicas by less than the tolerance asks for none."""
+    return math.ceil(load / (1.0 + scaling.tolerance) - _EXACT) if load > _SOME else math.ceil(load)
+
+
+def _down(load: float, scaling: ScalingConfig) -> int:
+    """How many suffice for a load, with as much to spare: so the numbers for up and for down are never at odds."""
+    return math.ceil(load / (1.0 - scaling.tolerance) - _EXACT) if load > _SOME else math.ceil(load)
+
+
+def _noted(history: _History, now_s: float, number: int, window_s: float, *, least: bool) -> _History:
+    """The history with the newest number: rising, so that its first number is the least of the window; or falling, so
+    that it is the most. Amortised O(1) a number."""
+    kept = [
+        (at_s, former)
+        for at_s, former in history
+        if at_s > now_s - window_s and (former < number if least else former > number)
+    ]
+    return (*kept, (now_s, number))
 
 
 def _within(wanted: int, config: ReplicaConfig) -> int:

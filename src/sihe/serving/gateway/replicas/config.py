@@ -79,15 +79,16 @@ class ScalingConfig:
 
     A replica should have `target_in_flight` requests in hand (by default three quarters of its `max_batch_size`), use
     at most the share `target_kv` of its cache, and answer within `target_ttft_s` where that is given. A load within
-    `tolerance` of the target changes nothing. More replicas come at once, at most doubling each `up_cooldown_s`; fewer
-    when they would have sufficed for all of the last `down_after_s`. With `min_replicas=0` the last one goes after
-    `idle_s` without a request.
+    `tolerance` of the target changes nothing. More replicas come when they were asked for during all of the last
+    `up_after_s`, at most doubling each `up_cooldown_s`; fewer when they would have sufficed for all of the last
+    `down_after_s`. With `min_replicas=0` the last one goes after `idle_s` without a request, and comes back at once.
     """
 
     target_in_flight: float | None = None
     target_kv: float = 0.85
     target_ttft_s: float | None = None
     tolerance: float = 0.1
+    up_after_s: float = 3.0
     up_cooldown_s: float = 5.0
     down_after_s: float = 120.0
     idle_s: float = 300.0
@@ -101,7 +102,7 @@ class ScalingConfig:
                 value,
                 "empty or a number above 0",
             )
-        for name in ("up_cooldown_s", "down_after_s", "idle_s"):
+        for name in ("up_after_s", "up_cooldown_s", "down_after_s", "idle_s"):
             value = getattr(self, name)
             _check(_is_number(value) and value >= 0, f"scaling.{name}", value, "a number of at least 0")
         _check(_is_number(self.target_kv) and 0 < self.target_kv <= 1, "scaling.target_kv", self.target_kv, "in (0, 1]")
