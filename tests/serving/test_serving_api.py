@@ -15,15 +15,16 @@ import openai
 import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
+from torch import Tensor
 
 from sihe.core import settings
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
+from sihe.serving.engine.compute.step import Feed
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.ports import RequestStats
-from sihe.serving.engine.runner import ModelRunner, Work
-from sihe.serving.engine.sampler import Sampled
+from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.types import ChatMessage, GenerationRequest
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.metrics import ReplicaMetrics
@@ -201,14 +202,14 @@ def test_a_client_that_leaves_aborts_its_generation(
 ) -> None:
     reached, aborted, go = threading.Event(), threading.Event(), threading.Event()
     outcomes: queue.Queue[str] = queue.Queue()
-    step, abort, on_request = ModelRunner.step, Engine._abort, ReplicaMetrics.on_request
+    forward, abort, on_request = ModelRunner.forward, Engine._abort, ReplicaMetrics.on_request
     left = iter([False] * steps + [True] * 1000)
 
-    def held_step(self: ModelRunner, work: Sequence[Work]) -> list[Sampled | None]:
+    def held_step(self: ModelRunner, feeds: Sequence[Feed]) -> Tensor:
         if next(left):
             reached.set()
             assert go.wait(30)
-        return step(self, work)
+        return forward(self, feeds)
 
     def heard_abort(self: Engine, id: int) -> None:
         abort(self, id)
@@ -218,7 +219,7 @@ def test_a_client_that_leaves_aborts_its_generation(
         on_request(self, stats)
         outcomes.put(stats.outcome)
 
-    monkeypatch.setattr(ModelRunner, "step", held_step)
+    monkeypatch.setattr(ModelRunner, "forward", held_step)
     monkeypatch.setattr(Engine, "_abort", heard_abort)
     monkeypatch.setattr(ReplicaMetrics, "on_request", heard_end)
     address = urlsplit(server_url)
@@ -236,16 +237,16 @@ def test_overload_is_429_with_a_time_to_come_back(
     server_url: str, gateway: Gateway, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, go = threading.Event(), threading.Event()
-    step = ModelRunner.step
+    forward = ModelRunner.forward
 
-    def held_step(self: ModelRunner, work: Sequence[Work]) -> list[Sampled | None]:
+    def held_step(self: ModelRunner, feeds: Sequence[Feed]) -> Tensor:
         held.set()
         assert go.wait(30)
-        return step(self, work)
+        return forward(self, feeds)
 
     gateway.deploy("tiny", "tiny@live", settings=EngineConfig(max_batch_size=1, max_waiting=1))
     gateway.wait_ready("tiny", timeout_s=30)
-    monkeypatch.setattr(ModelRunner, "step", held_step)
+    monkeypatch.setattr(ModelRunner, "forward", held_step)
     request = GenerationRequest(prompt=(5,), max_tokens=2, temperature=0)
     streams = [gateway.generate("tiny", request)]
     assert held.wait(30)  # it runs; the next one waits, and one more is too many
@@ -261,15 +262,15 @@ def test_overload_is_429_with_a_time_to_come_back(
 def test_an_error_in_the_middle_of_a_stream_reaches_the_client(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = ModelRunner.step
+    forward = ModelRunner.forward
     fails = iter([False] * 3 + [True] * 1000)
 
-    def failing_step(self: ModelRunner, work: Sequence[Work]) -> list[Sampled | None]:
+    def failing_step(self: ModelRunner, feeds: Sequence[Feed]) -> Tensor:
         if next(fails):
             raise RuntimeError("the oven is cold")
-        return step(self, work)
+        return forward(self, feeds)
 
-    monkeypatch.setattr(ModelRunner, "step", failing_step)
+    monkeypatch.setattr(ModelRunner, "forward", failing_step)
     stream = client.completions.create(model="tiny", prompt=[5], max_tokens=50, temperature=0, stream=True)
     with pytest.raises(openai.APIError, match="the oven is cold"):
         list(stream)

@@ -89,7 +89,7 @@ def test_a_stream_ends_on_the_version_it_began_with(gateway: Gateway, model_fold
 
 
 def test_another_process_moves_the_alias_and_the_poll_sees_it(gateway: Gateway) -> None:
-    route = gateway._routes["tiny"]
+    route = gateway.route("tiny")
     with Workspace(gateway.workspace.settings) as other:
         other.tracking.set_alias("tiny", "live", 2)
     with route._changed:
@@ -145,8 +145,8 @@ def test_moves_while_a_version_loads_coalesce(gateway: Gateway, monkeypatch: pyt
         gateway.move_alias("tiny", "live", version)
     go.set()
     assert gateway.wait_ready("tiny", timeout_s=30).version == 1
-    with gateway._routes["tiny"]._changed:
-        gateway._routes["tiny"]._changed.wait_for(lambda: len(gateway.status("tiny").replicas) == 1, timeout=30)
+    with gateway.route("tiny")._changed:
+        gateway.route("tiny")._changed.wait_for(lambda: len(gateway.status("tiny").replicas) == 1, timeout=30)
     assert loaded == [2]  # the last wish was what served all along: nothing else was loaded
     assert gateway.generate("tiny", GenerationRequest(prompt=PROMPT, max_tokens=1)).served_by == "tiny@1"
 
@@ -193,7 +193,7 @@ def test_a_registry_that_does_not_answer_stops_nothing(gateway: Gateway, monkeyp
 
 
 def test_an_engine_that_dies_is_replaced(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    (replica,) = gateway._routes["tiny"].replicas()
+    (replica,) = gateway.route("tiny").replicas()
     engine = replica.held()
     assert isinstance(engine, Engine)
 
@@ -204,7 +204,7 @@ def test_an_engine_that_dies_is_replaced(gateway: Gateway, monkeypatch: pytest.M
     answer = gateway.generate("tiny", GenerationRequest(prompt=PROMPT, max_tokens=2)).result(30)
     assert answer.usage.completion_tokens == 2, "no token was out yet: another engine answers"
     gateway.wait_ready("tiny", timeout_s=30)
-    assert gateway._routes["tiny"].replicas()[-1].held() is not engine
+    assert gateway.route("tiny").replicas()[-1].held() is not engine
 
 
 def test_what_does_not_fit_now_is_tried_again(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_what_does_not_fit_now_is_tried_again(gateway: Gateway, monkeypatch: pyt
     gateway.move_alias("tiny", "live", 2)
     with pytest.raises(NoMemory):
         gateway.wait_ready("tiny", timeout_s=30)
-    route = gateway._routes["tiny"]
+    route = gateway.route("tiny")
     with route._changed:
         assert route._changed.wait_for(lambda: route.status().version == 2, timeout=30)
 

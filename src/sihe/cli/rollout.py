@@ -122,6 +122,7 @@ class EngineRollout:
             if self._wanted != version:
                 raise Busy(f"the transfer of weights {version} was overtaken by {self._wanted}")
             target.copy_(weights[name])
+        self._engine.forget_prefixes()  # keys and values of the old weights
 
     def resume(self) -> None:
         """Lets samples in again."""

@@ -179,7 +179,7 @@ class Engine:
 
     def _tokens(self, request: GenerationRequest) -> list[int]:
         if request.messages is not None:
-            prompt = self.tokenizer.encode_chat(request.messages)
+            prompt = self.tokenizer.encode_chat(request)
         elif isinstance(request.prompt, str):
             prompt = self.tokenizer.encode(request.prompt)
         else:
@@ -192,7 +192,7 @@ class Engine:
         return prompt
 
     def _table(self, request: GenerationRequest, prompt: list[int]) -> BlockTable:
-        """Where the sequence will live, with the keys of its prompt's blocks: hashed here, not on the engine's thread."""
+        """Where the sequence will live, with the keys of its prompt's blocks, hashed on the caller's thread."""
         scope = (self.name.encode(), request.adapter.encode(), request.cache_salt.encode())
         root = root_key(self._secret, *scope)
         return BlockTable(self._pool, root, chain(root, prompt))
@@ -326,7 +326,9 @@ class Engine:
             self._scheduler.advance(chunk.id, computed=chunk.start + chunk.length, length=sequence.length)
             return None
         known = sequence.length
-        text, reason, logprobs = "", None, []  # type: tuple[str, FinishReason | None, list[TokenLogprob]]
+        text = ""
+        reason: FinishReason | None = None
+        logprobs: list[TokenLogprob] = []
         for sampled in result.sampled:
             if not sampled.is_finite:
                 self._fail(

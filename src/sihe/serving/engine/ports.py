@@ -10,7 +10,10 @@ Outcome = Literal["stop", "length", "tool_calls", "aborted", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step of the engine, and how full it is afterwards."""
+    """One step of the engine, and how full it is afterwards.
+
+    Of the cache's tokens, `kv_used_tokens` belong to sequences, and `kv_cached_tokens` only wait to be found again.
+    """
 
     duration_s: float
     decode_tokens: int
@@ -19,6 +22,11 @@ class StepStats:
     waiting: int
     kv_used_tokens: int
     kv_capacity_tokens: int
+    kv_cached_tokens: int = 0
+    hit_tokens: int = 0  # of sequences that joined in this step, found in the cache
+    preempted: int = 0  # sequences that gave their blocks back
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +36,8 @@ class RequestStats:
     outcome: Outcome
     prompt_tokens: int
     completion_tokens: int
-    queue_s: float | None  # from submission to a slot
+    cached_tokens: int  # of the prompt, found in the cache
+    queue_s: float | None  # from submission to a place in the batch
     ttft_s: float | None  # from submission to the first token
     tpot_s: float | None  # mean time of each token after the first
 

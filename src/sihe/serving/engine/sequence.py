@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sihe.serving.engine.detokenizer import StopFilter, TextDecoder
+from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockTable, chain
 from sihe.serving.engine.ports import Outcome, RequestStats
 from sihe.serving.engine.sampler import Draw
 from sihe.serving.engine.stream import GenerationStream
-from sihe.serving.engine.types import FinishReason, GenerationRequest
+from sihe.serving.engine.types import FinishReason, GenerationRequest, Usage
 
 
 @dataclass(slots=True)
 class Sequence:
-    """One answer in the making. Belongs to the engine's thread once it is queued."""
+    """One answer in the making. Belongs to the engine's thread once it is queued.
+
+    Its tokens are the prompt's, then the answer's; `table` says in which blocks their keys and values are.
+    """
 
     request: GenerationRequest
     prompt: list[int]
@@ -26,26 +30,51 @@ class Sequence:
     stop: StopFilter
     on_done: Callable[[], None] | None
     submitted_s: float
-    slot: int | None = None
+    table: BlockTable
     output: list[int] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt, found in the cache
     admitted_s: float | None = None
     first_token_s: float | None = None
 
     @property
-    def held_slot(self) -> int:
-        """The slot of a sequence that takes part in steps."""
-        assert self.slot is not None, "only sequences with a slot are planned"
-        return self.slot
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.output)
 
-    def draw(self) -> Draw:
-        """How the next token is chosen."""
+    @property
+    def remaining(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.max_tokens - len(self.output)
+
+    @property
+    def usage(self) -> Usage:
+        """What the request has cost so far."""
+        return Usage(len(self.prompt), len(self.output), self.cached_tokens)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens `start` to `end`, of prompt and answer in one."""
+        size = len(self.prompt)
+        if start >= size:
+            return self.output[start - size : end - size]
+        return self.prompt[start:end] if end <= size else self.prompt[start:] + self.output[: end - size]
+
+    def append(self, token: int) -> None:
+        """The answer goes on with `token`; where that fills a block, the block gets its key."""
+        self.output.append(token)
+        length = self.length
+        if length % BLOCK_TOKENS == 0:
+            keys = self.table.keys
+            keys += chain(keys[-1] if keys else self.table.root, self.tokens(length - BLOCK_TOKENS, length))
+
+    def draw(self, drafted: tuple[int, ...] = ()) -> Draw:
+        """How the next token is chosen, or the one after `drafted` if those should come first."""
         request = self.request
         return Draw(
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
             seed=self.seed,
-            position=len(self.output),
+            position=len(self.output) + len(drafted),
             logprobs=request.logprobs,
         )
 
@@ -74,6 +103,7 @@ class Sequence:
             outcome=outcome,
             prompt_tokens=len(self.prompt),
             completion_tokens=tokens,
+            cached_tokens=self.cached_tokens,
             queue_s=None if begun_s is None else begun_s - self.submitted_s,
             ttft_s=None if first_s is None else first_s - self.submitted_s,
             tpot_s=None if first_s is None or tokens < 2 else (now_s - first_s) / (tokens - 1),

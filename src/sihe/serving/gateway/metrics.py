@@ -19,13 +19,16 @@ class ServingMetrics:
         replica = ("deployment", "version")
         self.requests = _counter(registry, "requests", "requests ended", (*deployment, "outcome"))
         self.tokens = _counter(registry, "tokens", "tokens of ended requests", (*deployment, "kind"))
-        self.queue = _histogram(registry, "queue_seconds", "from submission to a slot", deployment)
+        self.queue = _histogram(registry, "queue_seconds", "from submission to a place in the batch", deployment)
         self.ttft = _histogram(registry, "ttft_seconds", "from submission to the first token", deployment)
         self.tpot = _histogram(registry, "tpot_seconds", "mean time of a request's later tokens", deployment)
         self.step = _histogram(registry, "step_seconds", "one engine step", deployment)
         self.running = _gauge(registry, "running", "sequences in the batch", replica)
-        self.waiting = _gauge(registry, "waiting", "sequences without a slot", replica)
-        self.kv_used = _gauge(registry, "kv_used_ratio", "share of the KV cache that holds tokens", replica)
+        self.waiting = _gauge(registry, "waiting", "sequences that wait for a place in the batch", replica)
+        self.preemptions = _counter(registry, "preemptions", "sequences that gave their blocks to others", deployment)
+        self.drafts = _counter(registry, "draft_tokens", "tokens tried ahead of the model", (*deployment, "outcome"))
+        self.kv_used = _gauge(registry, "kv_used_ratio", "share of the KV cache that sequences hold", replica)
+        self.kv_cached = _gauge(registry, "kv_cached_ratio", "share of the KV cache kept for later prompts", replica)
 
     @classmethod
     def on(cls, registry: CollectorRegistry = REGISTRY) -> ServingMetrics:
@@ -47,17 +50,25 @@ class ReplicaMetrics:
     def on_step(self, stats: StepStats) -> None:
         """Times the step and shows how full the engine is."""
         self._step.observe(stats.duration_s)
-        metrics, used = self._metrics, stats.kv_used_tokens / stats.kv_capacity_tokens
+        metrics = self._metrics
         # Looked up each time: another replica of this version may have removed them when it went.
         metrics.running.labels(*self._labels).set(stats.running)
         metrics.waiting.labels(*self._labels).set(stats.waiting)
-        metrics.kv_used.labels(*self._labels).set(used)
+        metrics.kv_used.labels(*self._labels).set(stats.kv_used_tokens / stats.kv_capacity_tokens)
+        metrics.kv_cached.labels(*self._labels).set(stats.kv_cached_tokens / stats.kv_capacity_tokens)
+        if stats.preempted:
+            metrics.preemptions.labels(self._deployment).inc(stats.preempted)
+        if stats.drafted_tokens:
+            rejected = stats.drafted_tokens - stats.accepted_tokens
+            metrics.drafts.labels(self._deployment, "accepted").inc(stats.accepted_tokens)
+            metrics.drafts.labels(self._deployment, "rejected").inc(rejected)
 
     def on_request(self, stats: RequestStats) -> None:
         """Counts the request, its tokens and its waits."""
         metrics, name = self._metrics, self._deployment
         metrics.requests.labels(name, stats.outcome).inc()
         metrics.tokens.labels(name, "prompt").inc(stats.prompt_tokens)
+        metrics.tokens.labels(name, "cached_prompt").inc(stats.cached_tokens)
         metrics.tokens.labels(name, "completion").inc(stats.completion_tokens)
         timed = ((metrics.queue, stats.queue_s), (metrics.ttft, stats.ttft_s), (metrics.tpot, stats.tpot_s))
         for histogram, value in timed:
@@ -66,7 +77,8 @@ class ReplicaMetrics:
 
     def on_close(self) -> None:
         """Takes the gauges of a replica that is gone off the page."""
-        for gauge in (self._metrics.running, self._metrics.waiting, self._metrics.kv_used):
+        metrics = self._metrics
+        for gauge in (metrics.running, metrics.waiting, metrics.kv_used, metrics.kv_cached):
             gauge.remove(*self._labels)
 
 

@@ -61,7 +61,8 @@ class PagedAttention:
 
     def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """The attention output of one layer for every token of the step."""
-        keys_PKDC, values_PKCV = self._pages.keys[layer], self._pages.values[layer]
+        keys_PKDC = self._pages.keys[layer]
+        values_PKCV = self._pages.values[layer, ..., : self._pages.value_dim]
         dtype = keys_PKDC.dtype
         keys_PKDC[self._block_T, :, :, self._place_T] = k_BTKH[0].to(dtype)
         values_PKCV[self._block_T, :, self._place_T] = v_BTKH[0].to(dtype)

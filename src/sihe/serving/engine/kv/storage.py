@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from sihe.models.config import ModelConfig
+from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, blocks_of
 from sihe.serving.errors import NoMemory
-
-BLOCK_TOKENS = 16
-"""Tokens of a block: as many as float32 lanes of the widest registers, and vLLM's default."""
 
 
 class KvPages:
-    """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]. Memory that no token has touched is not resident."""
+    """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]. Memory that no token has touched is not resident.
+
+    V is the width of a value, `value_dim`, rounded up to whole registers; what is behind it means nothing.
+    """
 
     def __init__(
         self,
@@ -36,9 +37,9 @@ class KvPages:
         self.num_blocks = num_blocks
         self.bytes_per_block = bytes_per_block(config, dtype)
         common = (config.num_layers, num_blocks, config.num_kv_heads)
-        key_dim, value_dim = _widths(config)
-        self.keys = _zeros((*common, key_dim, BLOCK_TOKENS), dtype, device)
-        self.values = _zeros((*common, BLOCK_TOKENS, value_dim), dtype, device)
+        self.value_dim = _value_dim(config)
+        self.keys = _zeros((*common, config.head_dim, BLOCK_TOKENS), dtype, device)
+        self.values = _zeros((*common, BLOCK_TOKENS, _padded(self.value_dim)), dtype, device)
 
     def copy(self, source: int, target: int) -> None:
         """Makes block `target` hold what `source` does."""
@@ -48,12 +49,7 @@ class KvPages:
 
 def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `BLOCK_TOKENS` tokens in every layer."""
-    return BLOCK_TOKENS * config.num_layers * config.num_kv_heads * sum(_widths(config)) * dtype.itemsize
-
-
-def blocks_of(tokens: int) -> int:
-    """Blocks that `tokens` take."""
-    return -(-tokens // BLOCK_TOKENS)
+    return BLOCK_TOKENS * config.num_layers * config.num_kv_heads * (config.head_dim + _padded(_value_dim(config))) * dtype.itemsize
 
 
 def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: torch.dtype, budget_bytes: int) -> int:
@@ -72,9 +68,13 @@ def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: t
     return min(sequences * one, budget_bytes // each)
 
 
-def _widths(config: ModelConfig) -> tuple[int, int]:
+def _value_dim(config: ModelConfig) -> int:
     latent = config.attention.latent
-    return config.head_dim, config.head_dim if latent is None else latent.value_dim
+    return config.head_dim if latent is None else latent.value_dim
+
+
+def _padded(width: int) -> int:
+    return -(-width // 16) * 16
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -1,0 +1,74 @@
+"""One step of several sequences: what is fed to the model, and which tokens its logits lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sihe.serving.engine.compute.step import Feed
+from sihe.serving.engine.sampler import Draw, Sampled, Scored, sample, score
+from sihe.serving.engine.scheduler import Chunk
+from sihe.serving.engine.sequence import Sequence
+
+
+class Forward(Protocol):
+    """What a step needs of a runner."""
+
+    def forward(self, feeds: Items[Feed]) -> Tensor:
+        """Logits of the last `num_logits` tokens of each feed, float32 [O, V]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one sequence does in a step.
+
+    The logits of the first tokens of `feed` for which they are wanted score `targets` (the tokens of the prompt that
+    follow them), and those of the last ones are drawn from, by `draws`.
+    """
+
+    chunk: Chunk
+    feed: Feed
+    draws: tuple[Draw, ...] = ()
+    targets: tuple[int, ...] = ()
+    top: int = 0  # likeliest tokens that are reported beside each target
+
+    @classmethod
+    def of(cls, sequence: Sequence, chunk: Chunk) -> Work:
+        """The work that `chunk` plans for `sequence`."""
+        end = chunk.start + chunk.length
+        draws = (sequence.draw(),) if chunk.last else ()
+        feed = Feed(sequence.tokens(chunk.start, end), chunk.start, sequence.table.blocks, num_logits=len(draws))
+        return cls(chunk, feed, draws)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step has brought a sequence: the tokens that its answer goes on with, and its prompt's scores."""
+
+    sampled: tuple[Sampled, ...] = ()
+    scored: tuple[Scored, ...] = ()
+
+
+def compute(runner: Forward, works: Items[Work]) -> list[Result]:
+    """Feeds the step's tokens in one pass. Positions are rewritten from their start: it can be computed again."""
+    logits_OV = runner.forward([work.feed for work in works])
+    drawn: list[int] = []
+    scored: list[tuple[Scored, ...]] = []
+    at = 0
+    for work in works:
+        end = at + work.feed.num_logits
+        drawn.extend(range(end - len(work.draws), end))
+        targets = work.targets
+        scored.append(tuple(score(logits_OV[at : at + len(targets)], targets, work.top)) if targets else ())
+        at = end
+    draws = [draw for work in works for draw in work.draws]
+    rows_BV = logits_OV if len(draws) == at else logits_OV[torch.tensor(drawn, device=logits_OV.device)]
+    sampled = iter(sample(rows_BV, draws) if draws else ())
+    return [
+        Result(tuple(next(sampled) for _ in work.draws), scores) for work, scores in zip(works, scored, strict=True)
+    ]
