@@ -37,7 +37,7 @@ def stats(*outcomes: Outcome) -> ArmStats:
 
 
 def sight(stable: ArmStats, canary: ArmStats, *, step_s: float = 20.0) -> Sight:
-    return Sight(is_ready=True, unready_s=0.0, fault=None, step_s=step_s, stable=stable, canary=canary)
+    return Sight(is_ready=True, unready_s=0.0, has_failed=False, fault=None, step_s=step_s, stable=stable, canary=canary)
 
 
 GOOD = stats(*[outcome()] * 100)
@@ -120,6 +120,10 @@ def test_quality_is_a_gate() -> None:
 def test_a_canary_that_cannot_serve_waits_and_then_goes_back() -> None:
     unready = replace(sight(GOOD, ArmStats(), step_s=0), is_ready=False, unready_s=10.0, fault="no memory")
     assert decide(rollout(), unready) == Decision(Move.HOLD, "the canary cannot serve yet: no memory")
+    failed = replace(unready, has_failed=True)
+    assert decide(rollout(), failed).move is Move.HOLD
+    assert decide(rollout(), replace(failed, unready_s=31.0)).move is Move.ROLL_BACK
+    assert decide(rollout(), replace(unready, unready_s=31.0)).move is Move.HOLD
     late = decide(rollout(), replace(unready, unready_s=301.0))
     assert late.move is Move.ROLL_BACK
     assert "no memory" in late.reason

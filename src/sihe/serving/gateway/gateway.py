@@ -7,6 +7,8 @@ it so, within one poll, or at once when the change came through this same gatewa
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sihe.core.errors import NotFound
@@ -19,10 +21,17 @@ from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NotReady
-from sihe.serving.gateway.replicas.config import Backend
+from sihe.serving.gateway.control import TrafficControl
+from sihe.serving.gateway.live import LiveDeployment
+from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig
 from sihe.serving.gateway.replicas.ports import Load, Served
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.store import REPORT_INTERVAL_S, DeploymentStore
+from sihe.serving.gateway.traffic.presence import Presence
+from sihe.serving.gateway.traffic.request_log import RequestLog
+from sihe.serving.gateway.traffic.rollout import Move, Rollout, RolloutState, decide
+from sihe.serving.gateway.traffic.store import ExperimentStore
+from sihe.serving.gateway.traffic.types import Caller
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
 if TYPE_CHECKING:
@@ -32,7 +41,8 @@ if TYPE_CHECKING:
 class Gateway:
     """Deployments of one workspace. Without `start` it reads and writes what is wanted and serves nothing.
 
-    `poll_interval_s` bounds how long a change made by another process goes unseen.
+    `traffic` deals requests out between versions. `poll_interval_s` bounds how long a change made by another process
+    goes unseen.
     """
 
     def __init__(
@@ -44,7 +54,15 @@ class Gateway:
         self._log = logger("serving")
         self._store = DeploymentStore(workspace.records, workspace.clock)
         self._synchronising = threading.Lock()
-        self._routes: dict[str, Route] = {}  # replaced whole when it changes, so that requests read it without a lock
+        self.traffic = TrafficControl(
+            workspace, self._store, live=lambda name: self._live.get(name), notify=self.notify
+        )
+        self._experiments = ExperimentStore(workspace.records, workspace.clock)
+        self._request_log: RequestLog | None = None
+        self._presence = Presence()
+        # Replaced whole when it changes, so that requests read it without a lock.
+        self._live: dict[str, LiveDeployment] = {}
+        self._notes: dict[str, str] = {}  # what rollouts wait for
         self._closing: list[threading.Thread] = []
         self._reported: dict[str, DeploymentStatus] = {}
         self._next_report_s = 0.0
@@ -53,15 +71,23 @@ class Gateway:
 
     # ---- what is wanted ---------------------------------------------------------------------------------------------
 
-    def deploy(self, name: str, target: str, *, settings: EngineConfig | None = None) -> DeploymentStatus:
+    def deploy(
+        self,
+        name: str,
+        target: str,
+        *,
+        settings: EngineConfig | None = None,
+        replicas: ReplicaConfig | None = None,
+    ) -> DeploymentStatus:
         """Makes `name` answer with the version behind `target` (`model@alias`, `model@3`, or `model`: its newest).
 
-        Deploying again under the same name changes what it follows. Raises `NotFound` when nothing is behind `target`.
+        Deploying again under the same name changes what it follows, and leaves its other arms as they are. Raises
+        `NotFound` when nothing is behind `target`.
         """
         check_name("deployment", name)
         self.workspace.tracking.resolve(target)
         model, _, selector = target.partition("@")
-        self._store.put(name, model, selector, settings or EngineConfig())
+        self._store.put(name, model, selector, settings or EngineConfig(), replicas=replicas)
         self.notify()
         return self.status(name)
 
@@ -93,19 +119,31 @@ class Gateway:
 
     def served(self) -> tuple[DeploymentStatus, ...]:
         """What this process serves, from memory."""
-        return tuple(route.status() for _, route in sorted(self._routes.items()))
+        return tuple(self._live_status(live) for _, live in sorted(self._live.items()))
 
     def wait_ready(self, name: str, *, timeout_s: float = 120.0) -> DeploymentStatus:
         """Blocks until `name` serves what is wanted. Raises what prevents it, or `Busy` after `timeout_s`."""
-        self._route(name).wait_settled(timeout_s)
+        self.route(name).wait_settled(timeout_s)
         return self.status(name)
 
-    def generate(self, name: str, request: GenerationRequest) -> GenerationStream:
-        """Starts a request on deployment `name`, on the version that serves at this moment, to its end.
+    def generate(
+        self,
+        name: str,
+        request: GenerationRequest,
+        caller: Caller | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> GenerationStream:
+        """Starts a request on deployment `name`, on the arm that its caller draws, to its end within `timeout_s`.
 
+        Until the first event the arm and the version may change, where the first one fails; the stream then says so.
         Raises `NotFound`, `NotReady`, and what the engine raises.
         """
-        return self._route(name).generate(request)
+        return self._served(name).generate(request, caller, timeout_s=timeout_s)
+
+    def route(self, name: str) -> Route:
+        """The replicas of the stable version of deployment `name`. Raises `NotFound`, `NotReady`."""
+        return self._served(name).stable
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -115,6 +153,7 @@ class Gateway:
             return
         _ = self.workspace.tracking.client  # opened once, before two threads could
         self._stop.clear()
+        self._request_log = RequestLog(self.workspace.path("lake"), on_fate=self._note_records)
         self._watcher = threading.Thread(target=self._watch, name="gateway watcher", daemon=True)
         self._synchronise()
         self._watcher.start()
@@ -127,11 +166,14 @@ class Gateway:
         self._watcher.join()
         self._watcher = None
         with self._synchronising:
-            routes, self._routes = list(self._routes.values()), {}
-        for route in routes:
-            route.close(drain=drain)
+            deployments, self._live = list(self._live.values()), {}
+        for live in deployments:
+            live.close(drain=drain)
+            self._save(live)
         for thread in self._closing:
             thread.join()
+        if self._request_log is not None:
+            self._request_log.close()
 
     def __enter__(self) -> Gateway:
         self.start()
@@ -151,39 +193,91 @@ class Gateway:
         with self._synchronising:
             try:
                 wanted = {deployment.name: deployment for deployment in self._store.all()}
+                rollouts = self.traffic.active()
             except Exception as error:  # noqa: BLE001 - see above
                 self._log.warning("records_poll_failed", error=repr(error))
                 return
-            for name in self._routes.keys() - wanted.keys():
+            for name in self._live.keys() - wanted.keys():
                 self._retire(name)
             for name, deployment in wanted.items():
-                self._follow(name, deployment)
+                rollout = rollouts.get(name)
+                live = self._follow(deployment, rollout)
+                if rollout is not None and self._roll(live, rollout):
+                    self._follow(self._store.get(name), self.traffic.active().get(name))
             self._report()
 
-    def _follow(self, name: str, deployment: Deployment) -> None:
-        route = self._routes.get(name)
-        if route is None:
-            route = Route(deployment, self._loader(name), clock=self.workspace.clock)
-            self._routes = {**self._routes, name: route}
+    def _follow(self, deployment: Deployment, rollout: Rollout | None) -> LiveDeployment:
+        name = deployment.name
+        live = self._live.get(name)
+        if live is None:
+            live = self._new_live(deployment)
+            self._live = {**self._live, name: live}
+        for route in live.follow(deployment, rollout, self.workspace.tracking.resolve):
+            self._close_later(route.close, name)
+        return live
+
+    def _new_live(self, deployment: Deployment) -> LiveDeployment:
+        from prometheus_client import REGISTRY
+
+        from sihe.serving.gateway.traffic.metrics import TrafficMetrics
+
+        assert self._request_log is not None
+        return LiveDeployment(
+            deployment,
+            self._loader(deployment.name),
+            experiments=self._experiments,
+            log=self._request_log,
+            metrics=TrafficMetrics.on(self._registry or REGISTRY),
+            presence=self._presence,
+            clock=self.workspace.clock,
+        )
+
+    def _roll(self, live: LiveDeployment, rollout: Rollout) -> bool:
+        """Moves a rollout on where it is time to; whether it has moved. What fails is tried again at the next poll."""
+        self._notes.pop(live.name, None)
         try:
-            route.aim(deployment, self.workspace.tracking.resolve(deployment.target))
-        except Exception as error:  # noqa: BLE001 - what serves goes on; the status shows it
-            self._log.warning("registry_poll_failed", deployment=name, error=repr(error))
-            route.fault(deployment, str(error))
+            if rollout.state is RolloutState.PROMOTING:
+                self.traffic.finish_promotion(rollout)
+                return True
+            sight = live.sight(rollout)
+            if sight is None:
+                return False
+            decision = decide(rollout, sight)
+            if decision.move is Move.HOLD:
+                self._notes[live.name] = decision.reason
+                return False
+            self._log.info("rollout_moves", deployment=live.name, move=decision.move.value, reason=decision.reason)
+            if decision.move is Move.ADVANCE:
+                self.traffic.advance(rollout, step=rollout.step + 1, reason=decision.reason)
+            elif decision.move is Move.ROLL_BACK:
+                self.traffic.advance(rollout, state=RolloutState.ROLLED_BACK, reason=decision.reason)
+            else:
+                promoting = self.traffic.advance(rollout, state=RolloutState.PROMOTING, reason=decision.reason)
+                self.traffic.finish_promotion(promoting)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._log.warning("rollout_not_moved", deployment=live.name, error=repr(error))
+            return False
+        return True
 
     def _retire(self, name: str) -> None:
-        route = self._routes[name]
-        self._routes = {key: value for key, value in self._routes.items() if key != name}
+        live = self._live[name]
+        self._live = {key: value for key, value in self._live.items() if key != name}
+        self._notes.pop(name, None)
+        self._close_later(live.close, name)
+
+    def _close_later(self, close: Callable[[], None], name: str) -> None:
         self._closing = [thread for thread in self._closing if thread.is_alive()]
-        self._closing.append(threading.Thread(target=route.close, name=f"close {name}", daemon=True))
+        self._closing.append(threading.Thread(target=close, name=f"close {name}", daemon=True))
         self._closing[-1].start()
 
     def _report(self) -> None:
         """Writes what changed, and everything now and then, so that other processes see that this one lives."""
         now_s = self.workspace.clock.monotonic_s()
         everything = now_s >= self._next_report_s
-        for name, route in self._routes.items():
-            status = route.status()
+        for name, live in self._live.items():
+            status = self._live_status(live)
+            if everything:
+                self._save(live)
             if everything or self._reported.get(name) != status:
                 try:
                     self._store.report(status)
@@ -206,15 +300,31 @@ class Gateway:
 
         return load
 
-    def _route(self, name: str) -> Route:
-        route = self._routes.get(name)
-        if route is not None:
-            return route
+    def _save(self, live: LiveDeployment) -> None:
+        try:
+            live.save()
+        except Exception as error:  # noqa: BLE001 - it is saved again
+            self._log.warning("measurements_not_saved", deployment=live.name, error=repr(error))
+
+    def _note_records(self, fate: str, number: int) -> None:
+        from prometheus_client import REGISTRY
+
+        from sihe.serving.gateway.traffic.metrics import TrafficMetrics
+
+        TrafficMetrics.on(self._registry or REGISTRY).records.labels(fate).inc(number)
+
+    def _served(self, name: str) -> LiveDeployment:
+        live = self._live.get(name)
+        if live is not None:
+            return live
         if self._watcher is None:
             raise NotReady(name, "this process does not serve: start the gateway")
-        known = ", ".join(sorted(self._routes)) or "none"
+        known = ", ".join(sorted(self._live)) or "none"
         raise NotFound("deployment", name, hint=f"deployed are: {known}")
 
+    def _live_status(self, live: LiveDeployment) -> DeploymentStatus:
+        return replace(live.status(), rollout_note=self._notes.get(live.name, ""))
+
     def _status(self, deployment: Deployment) -> DeploymentStatus:
-        route = self._routes.get(deployment.name)
-        return route.status() if route is not None else self._store.reported(deployment.name)
+        live = self._live.get(deployment.name)
+        return self._live_status(live) if live is not None else self._store.reported(deployment.name)

@@ -15,11 +15,12 @@ from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.traffic.store import change_traffic, forget
-from sihe.serving.gateway.traffic.types import TrafficPolicy
+from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState, ReplicaStatus
 from sihe.serving.tables import deployments
 
 REPORT_INTERVAL_S = 5.0
+_REPORTED = ("state", "version", "wanted", "error", "replicas", "arms", "rollout_note")
 _STALE_AFTER = timedelta(seconds=4 * REPORT_INTERVAL_S)
 
 
@@ -85,7 +86,7 @@ class DeploymentStore:
     def report(self, status: DeploymentStatus) -> None:
         """Stores what the serving process says; a deployment that was removed meanwhile stays removed."""
         said = asdict(status)
-        values = {key: said[key] for key in ("state", "version", "wanted", "error", "replicas")}
+        values = {key: said[key] for key in _REPORTED}
         with self._records.transaction() as connection:
             connection.execute(
                 deployments.update()
@@ -112,6 +113,8 @@ class DeploymentStore:
             ),
             updated_at=deployment.updated_at,
             reported_at=row.reported_at,
+            arms=tuple(ArmStatus(**item) for item in said.get("arms", ())),
+            rollout_note=said.get("rollout_note", ""),
         )
 
     def _row(self, name: str) -> Row[Any]:

@@ -10,7 +10,7 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.replicas.types import ReplicaState as ReplicaState
 from sihe.serving.gateway.replicas.types import ReplicaStatus as ReplicaStatus
-from sihe.serving.gateway.traffic.types import TrafficPolicy
+from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
 
 
 class DeploymentState(StrEnum):
@@ -57,3 +57,7 @@ class DeploymentStatus:
     replicas: tuple[ReplicaStatus, ...]
     updated_at: datetime
     reported_at: datetime | None
+    arms: tuple[ArmStatus, ...] = ()
+    """Every arm, the shadow's among them, where there are others than the stable one."""
+    rollout_note: str = ""
+    """What the rollout that is on its way waits for."""

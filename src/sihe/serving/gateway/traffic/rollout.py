@@ -26,6 +26,7 @@ from sihe.serving.gateway.traffic.arm_stats import ERROR, LATENCY, TTFT, ArmStat
 from sihe.serving.gateway.traffic.types import check_share
 
 MAX_STEPS = 20
+_FAILED_S = 30.0  # a version that could not be loaded is tried a few times in it, in case memory becomes free
 _TAIL = 0.05  # latencies are compared at their 95th percentile
 
 
@@ -164,12 +165,13 @@ class Rollout:
 class Sight:
     """What is known of a canary at one poll.
 
-    `unready_s` is for how long it has been unable to serve, `fault` why; `step_s` for how long it has had the step's
-    weight while able to serve. The statistics are the step's.
+    `unready_s` is for how long it has been unable to serve, `fault` why, and `has_failed` whether it was tried in vain;
+    `step_s` for how long it has had the step's weight while able to serve. The statistics are the step's.
     """
 
     is_ready: bool
     unready_s: float
+    has_failed: bool
     fault: str | None
     step_s: float
     stable: ArmStats
@@ -202,7 +204,7 @@ def decide(rollout: Rollout, sight: Sight) -> Decision:
         return Decision(Move.ROLL_BACK, harm)
     if not sight.is_ready:
         why = sight.fault or "its model is loading"
-        if sight.unready_s > plan.ready_s:
+        if sight.unready_s > (min(plan.ready_s, _FAILED_S) if sight.has_failed else plan.ready_s):
             return Decision(Move.ROLL_BACK, f"the canary could not serve for {sight.unready_s:.0f} s: {why}")
         return Decision(Move.HOLD, f"the canary cannot serve yet: {why}")
     if missing := _missing(step, sight):

@@ -7,7 +7,7 @@ requests each; `stable` gets the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -168,6 +168,19 @@ class TrafficPolicy:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ArmStatus:
+    """What an arm is doing: the version that answers (None: none yet), how it is, and why it cannot serve if so."""
+
+    name: str
+    target: str
+    weight: float
+    state: str
+    version: int | None
+    in_flight: int
+    error: str | None
+
+
 def check_share(name: str, value: float) -> None:
     """Raises `InvalidInput` unless `value` is a share of requests: above 0 and at most 1."""
     if not (isinstance(value, int | float) and 0 < value <= 1):
@@ -181,13 +194,6 @@ def sticky_key(policy: TrafficPolicy, caller: Caller, tenant: str) -> str | None
     if caller.session:
         return f"session:{tenant}:{caller.session}"  # two tenants may both have a user "1"
     return f"tenant:{tenant}" if policy.sticky == "tenant" and tenant else None
-
-
-def targets(policy: TrafficPolicy) -> Iterable[str]:
-    """Every reference that the policy follows beside the stable one."""
-    yield from (arm.target for arm in policy.arms)
-    if policy.shadow is not None:
-        yield policy.shadow.target
 
 
 def _plain(part: Arm | Shadow | None) -> dict[str, Any] | None:

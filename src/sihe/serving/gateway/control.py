@@ -1,0 +1,227 @@
+"""How requests of a deployment are dealt out, changed and looked at: arms, rollouts, shadow, logs, feedback.
+
+What is changed is written into the records, from any process; the one that serves follows. Feedback and measurements
+are the serving process's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from sihe.core.errors import InvalidInput, NotFound
+from sihe.core.ids import new_id
+from sihe.core.workspace import Workspace
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.errors import NotReady
+from sihe.serving.gateway.live import LiveDeployment
+from sihe.serving.gateway.store import DeploymentStore
+from sihe.serving.gateway.traffic import request_log
+from sihe.serving.gateway.traffic.experiment import ExperimentReport
+from sihe.serving.gateway.traffic.request_log import RequestRecord
+from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState
+from sihe.serving.gateway.traffic.shadow import ShadowReport
+from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
+from sihe.serving.gateway.traffic.types import CANARY, SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
+
+
+class TrafficControl:
+    """`live` gives a deployment that this process serves, and `notify` brings changes about at once."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        deployments: DeploymentStore,
+        *,
+        live: Callable[[str], LiveDeployment | None],
+        notify: Callable[[], None],
+    ) -> None:
+        self._workspace = workspace
+        self._deployments = deployments
+        self._rollouts = RolloutStore(workspace.records, workspace.clock)
+        self._experiments = ExperimentStore(workspace.records, workspace.clock)
+        self._live = live
+        self._notify = notify
+
+    # ---- arms -------------------------------------------------------------------------------------------------------
+
+    def policy(self, name: str) -> TrafficPolicy:
+        """How requests are dealt out. Raises `NotFound`."""
+        return self._deployments.get(name).traffic
+
+    def set_arm(
+        self, name: str, arm: str, target: str, weight: float, *, settings: EngineConfig | None = None
+    ) -> TrafficPolicy:
+        """Gives an arm, new or not, a target and its share of requests; the rest is the stable arm's.
+
+        Raises `NotFound`, and `InvalidInput` where weights exceed 1 or the arm is a rollout's.
+        """
+        model, selector = self._target(target)
+        self._refuse_canary(name, arm)
+        return self._change(name, lambda policy: policy.with_arm(Arm(arm, model, selector, weight, settings)))
+
+    def remove_arm(self, name: str, arm: str) -> TrafficPolicy:
+        """Takes an arm, or the `shadow`, away; what it has begun it finishes. Raises `NotFound`."""
+        if arm == SHADOW:
+            return self.set_shadow(name, None)
+        if arm == STABLE:
+            raise InvalidInput("the stable arm cannot be removed: deploy another version, or remove the deployment")
+        self._refuse_canary(name, arm)
+        return self._change(name, lambda policy: policy.without_arm(arm))
+
+    def set_shadow(
+        self, name: str, target: str | None, *, share: float = 1.0, only_idle: bool = True, max_waiting: int = 64
+    ) -> TrafficPolicy:
+        """Sends copies of a `share` of requests to `target`; None ends that. Raises `NotFound`, `InvalidInput`."""
+        if target is None:
+            return self._change(name, lambda policy: replace(policy, shadow=None))
+        model, selector = self._target(target)
+        shadow = Shadow(model, selector, share, only_idle=only_idle, max_waiting=max_waiting)
+        return self._change(name, lambda policy: replace(policy, shadow=shadow))
+
+    def set_logs(self, name: str, share: float, *, text: bool = False) -> TrafficPolicy:
+        """Logs that share of requests, with their text or only lengths and hashes. Raises `NotFound`."""
+        return self._change(name, lambda policy: replace(policy, logs=LogPolicy(share, text=text)))
+
+    def set_sticky(self, name: str, sticky: Sticky, *, salt: str | None = None) -> TrafficPolicy:
+        """By what senders stay on their arm; another `salt` deals them anew. Raises `NotFound`, `InvalidInput`."""
+        return self._change(
+            name, lambda policy: replace(policy, sticky=sticky, salt=policy.salt if salt is None else salt)
+        )
+
+    # ---- rollouts ---------------------------------------------------------------------------------------------------
+
+    def start_rollout(
+        self,
+        name: str,
+        target: str,
+        plan: Plan | None = None,
+        *,
+        arm: str = CANARY,
+        settings: EngineConfig | None = None,
+    ) -> Rollout:
+        """Begins to bring the version behind `target` in, step by step. The version is fixed now, whatever moves later.
+
+        Raises `NotFound`, and `AlreadyExists` while another rollout is on its way.
+        """
+        version = self._workspace.tracking.resolve(target)
+        now = self._workspace.clock.now()
+        rollout = Rollout(
+            id=new_id("roll"),
+            deployment=name,
+            arm=arm,
+            model=version.name,
+            version=version.version,
+            settings=settings,
+            plan=plan or Plan(),
+            state=RolloutState.RUNNING,
+            step=0,
+            reason="",
+            started_at=now,
+            changed_at=now,
+        )
+        self._rollouts.begin(rollout)
+        self._notify()
+        return rollout
+
+    def rollouts(self, name: str) -> list[Rollout]:
+        """The latest rollouts, newest first."""
+        self._deployments.get(name)
+        return self._rollouts.history(name)
+
+    def active(self) -> dict[str, Rollout]:
+        """The rollouts that are on their way, by deployment."""
+        return self._rollouts.active()
+
+    def promote(self, name: str, *, reason: str = "promoted by hand") -> Rollout:
+        """Makes the canary the stable version now. Raises `NotFound`, `Busy`."""
+        seen = self._rollouts.of(name)
+        if seen.state is not RolloutState.PROMOTING:
+            seen = self._rollouts.move(seen, state=RolloutState.PROMOTING, reason=reason)
+        done = self.finish_promotion(seen)
+        self._notify()
+        return done
+
+    def finish_promotion(self, seen: Rollout) -> Rollout:
+        """The second half of a promotion, which a process that was killed may have left undone. May be repeated.
+
+        Where the deployment follows an alias of the same model, the alias moves: it says what is in production. Else
+        the deployment follows the version itself.
+        """
+        deployment = self._deployments.get(seen.deployment)
+        selector = deployment.selector
+        if deployment.model == seen.model and selector and not selector.isdigit():
+            self._workspace.tracking.set_alias(seen.model, selector, seen.version)
+        else:
+            selector = str(seen.version)
+        return self._rollouts.promoted(seen, selector=selector)
+
+    def roll_back(self, name: str, *, reason: str = "rolled back by hand") -> Rollout:
+        """Takes the canary away; the stable version was never touched. Raises `NotFound`, `Busy`."""
+        return self._move(name, RolloutState.ROLLED_BACK, reason)
+
+    def pause(self, name: str, *, paused: bool = True) -> Rollout:
+        """Lets the canary stay at its step, or go on. Raises `NotFound`, `Busy`."""
+        return self._move(name, RolloutState.PAUSED if paused else RolloutState.RUNNING, "")
+
+    def advance(
+        self, seen: Rollout, *, state: RolloutState | None = None, step: int | None = None, reason: str
+    ) -> Rollout:
+        """Moves a rollout on from how it was seen. Raises `Busy`."""
+        return self._rollouts.move(seen, state=state, step=step, reason=reason)
+
+    # ---- what was measured ------------------------------------------------------------------------------------------
+
+    def experiment(self, name: str) -> ExperimentReport:
+        """The arms of the present period beside each other; as last stored where another process serves."""
+        live = self._live(name)
+        found = live.experiment if live is not None else self._experiments.latest(name)
+        if found is None:
+            self._deployments.get(name)
+            raise NotFound("measurement of", name, hint="nothing was asked of it yet")
+        return found.report()
+
+    def feedback(self, name: str, request_id: str, values: Mapping[str, float]) -> str:
+        """Takes in what a client says of an answer; the arm that gave it.
+
+        Raises `NotFound`, `NotReady` where another process serves, `AlreadyExists`, `InvalidInput`.
+        """
+        live = self._live(name)
+        if live is None:
+            self._deployments.get(name)
+            raise NotReady(name, "this process does not serve it: send feedback to the one that does")
+        return live.experiment.feedback(request_id, values)
+
+    def shadow(self, name: str) -> ShadowReport | None:
+        """What copies have shown since the serving process began to make them; None without a shadow, or elsewhere."""
+        live = self._live(name)
+        return live.shadow_report() if live is not None else None
+
+    def logs(self, name: str, *, arm: str | None = None, limit: int | None = 100) -> list[RequestRecord]:
+        """Logged requests, newest first."""
+        return request_log.read(self._workspace.path("lake"), deployment=name, arm=arm, limit=limit)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _target(self, target: str) -> tuple[str, str]:
+        self._workspace.tracking.resolve(target)
+        model, _, selector = target.partition("@")
+        return model, selector
+
+    def _refuse_canary(self, name: str, arm: str) -> None:
+        rollout = self._rollouts.active().get(name)
+        if rollout is not None and rollout.arm == arm:
+            raise InvalidInput(f"arm {arm!r} belongs to a rollout: promote it, roll it back, or choose another name")
+
+    def _change(self, name: str, change: Callable[[TrafficPolicy], TrafficPolicy]) -> TrafficPolicy:
+        policy = self._deployments.change_traffic(name, change).traffic
+        self._notify()
+        return policy
+
+    def _move(self, name: str, state: RolloutState, reason: str) -> Rollout:
+        seen = self._rollouts.of(name)
+        if seen.state is RolloutState.PROMOTING:
+            raise InvalidInput(f"the rollout of {name!r} is being promoted and cannot become {state.value}")
+        moved = seen if seen.state is state else self._rollouts.move(seen, state=state, reason=reason)
+        self._notify()
+        return moved

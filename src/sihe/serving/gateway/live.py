@@ -1,0 +1,449 @@
+"""A deployment as this process serves it: a route for each arm, and the way of a request through them.
+
+A request gets the arm that its key draws. If that arm cannot serve, or fails before the first token, the stable one
+answers: whoever tries a new version out, its trouble is not its callers'. Such requests count for no arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from sihe.core.clock import Clock
+from sihe.core.errors import Busy, UserError
+from sihe.core.ids import new_id
+from sihe.core.telemetry import logger
+from sihe.core.tracking import ModelVersion
+from sihe.serving.engine.stream import GenerationStream, Heard
+from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.errors import NotReady
+from sihe.serving.gateway.replicas.ports import Load
+from sihe.serving.gateway.route import Route
+from sihe.serving.gateway.traffic.assignment import draw, ranking
+from sihe.serving.gateway.traffic.experiment import Experiment, Split
+from sihe.serving.gateway.traffic.handover import Handover
+from sihe.serving.gateway.traffic.metrics import TrafficMetrics
+from sihe.serving.gateway.traffic.outcome import Observation, Outcome
+from sihe.serving.gateway.traffic.presence import Presence
+from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
+from sihe.serving.gateway.traffic.rollout import Rollout, RolloutState, Sight
+from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
+from sihe.serving.gateway.traffic.store import ExperimentStore
+from sihe.serving.gateway.traffic.types import SHADOW, STABLE, ArmStatus, Caller, sticky_key
+from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
+
+Resolve = Callable[[str], ModelVersion]
+
+
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    """One request on one arm, from its start to its end."""
+
+    caller: Caller
+    key: str
+    request: GenerationRequest
+    arm: str
+    timeout_s: float | None
+    counts: bool  # for its arm: not when another one failed it first
+    experiment: Experiment
+    is_logged: bool
+    is_copied: bool
+
+
+class LiveDeployment:
+    """The routes of one deployment. `follow` is called by one thread, everything else by any."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        load: Load,
+        *,
+        experiments: ExperimentStore,
+        log: RequestLog,
+        metrics: TrafficMetrics,
+        presence: Presence,
+        clock: Clock,
+    ) -> None:
+        self.name = deployment.name
+        self._load = load
+        self._experiments = experiments
+        self._request_log = log
+        self._metrics = metrics
+        self._presence = presence
+        self._clock = clock
+        self._log = logger("serving").bind(deployment=self.name)
+        self._deployment = deployment
+        # Replaced whole when they change, so that requests read them without a lock.
+        self._routes: dict[str, Route] = {STABLE: Route(deployment, load, clock=clock)}
+        self._aims: dict[Route, tuple[object, ...]] = {}
+        self._unready_since_s: dict[str, float] = {}
+        self._shadow: ShadowRunner | None = None
+        self._experiment = experiments.latest(self.name) or Experiment(
+            self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
+        )
+        self._saved: tuple[int, int] | None = None
+
+    @property
+    def stable(self) -> Route:
+        """The route of what is deployed."""
+        return self._routes[STABLE]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The present period."""
+        return self._experiment
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """The routes by arm, the shadow's among them."""
+        return self._routes
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, request: GenerationRequest, caller: Caller | None = None, *, timeout_s: float | None = None
+    ) -> GenerationStream:
+        """Starts a request on its arm, or on the stable one. Raises `NotReady`, and what the engine raises."""
+        caller = caller or Caller(new_id("req"))
+        policy, experiment = self._deployment.traffic, self._experiment
+        key = sticky_key(policy, caller, request.tenant) or caller.request_id
+        order = ranking(experiment.split.weights, key, salt=f"{self.name}/{policy.salt}")
+        passage = _Passage(
+            caller,
+            key,
+            request,
+            order[0] if order else STABLE,
+            timeout_s,
+            counts=True,
+            experiment=experiment,
+            is_logged=draw(caller.request_id, salt="log") < policy.logs.share,
+            is_copied=self._shadow is not None
+            and draw(caller.request_id, salt="shadow", name=self.name) < self._shadow.shadow.share,
+        )
+        if passage.arm == STABLE:
+            return self._on_stable(passage)
+        route = self._routes.get(passage.arm)
+        if route is None or not route.is_ready:
+            return self._instead(passage)
+        try:
+            first = self._start(passage, route)
+        except (NotReady, Busy):
+            return self._instead(passage)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - an arm that raises what it should not has failed
+            self._log.warning("arm_failed", arm=passage.arm, error=repr(error))
+            self._end(passage, "", Outcome("failed", None, repr(error), 0, 0, None, 0.0))
+            return self._instead(passage)
+        handover = Handover(first, lambda: self._instead(passage))
+        self._watch(passage, first, heard_too=handover)
+        return handover.answer
+
+    def _on_stable(self, passage: _Passage) -> GenerationStream:
+        while True:
+            route = self.stable
+            started_s = self._clock.monotonic_s()
+            try:
+                stream = self._start(passage, route)
+            except NotReady:
+                if route is self.stable:
+                    raise
+                continue  # the route was exchanged between the two lines: ask the new one
+            self._watch(passage, stream, started_s=started_s)
+            return stream
+
+    def _instead(self, passage: _Passage) -> GenerationStream:
+        """The stable arm answers for one that cannot."""
+        self._metrics.rerouted.labels(self.name, passage.arm).inc()
+        return self._on_stable(replace(passage, arm=STABLE, counts=False))
+
+    def _start(self, passage: _Passage, route: Route) -> GenerationStream:
+        self._presence.enter()
+        try:
+            stream = route.generate(passage.request, timeout_s=passage.timeout_s)
+        except BaseException:
+            self._presence.leave()
+            raise
+        stream.arm = passage.arm
+        return stream
+
+    def _watch(
+        self,
+        passage: _Passage,
+        stream: GenerationStream,
+        *,
+        started_s: float | None = None,
+        heard_too: Handover | None = None,
+    ) -> None:
+        cluster = passage.experiment.begin(passage.caller.request_id, passage.arm, passage.key)
+
+        def end(outcome: Outcome) -> None:
+            try:
+                if passage.counts:
+                    passage.experiment.record(passage.arm, outcome, cluster, passage.key)
+                self._end(passage, stream.served_by, outcome)
+            except Exception as error:  # noqa: BLE001 - on an engine's thread: what is lost is a measurement
+                self._log.error("measurement_lost", error=repr(error))
+            finally:
+                self._presence.leave()
+
+        observe = Observation(
+            self._clock,
+            self._clock.monotonic_s() if started_s is None else started_s,
+            end,
+            keeps_text=passage.is_logged or passage.is_copied,
+        )
+        if heard_too is None:
+            stream.watch(observe)
+            return
+
+        def both(heard: Heard) -> None:
+            observe(heard)
+            heard_too.hear(heard)
+
+        stream.watch(both)
+
+    def _end(self, passage: _Passage, served_by: str, outcome: Outcome) -> None:
+        metrics, labels = self._metrics, (self.name, passage.arm)
+        metrics.requests.labels(*labels, outcome.ending).inc()
+        if outcome.ending == "finished":
+            metrics.latency.labels(*labels).observe(outcome.latency_s)
+            if outcome.ttft_s is not None:
+                metrics.ttft.labels(*labels).observe(outcome.ttft_s)
+        if passage.is_logged:
+            self._request_log.offer(self._entry(passage.caller, passage.arm, served_by, passage.request, outcome))
+        shadow = self._shadow
+        if passage.is_copied and shadow is not None and outcome.ending == "finished":
+            shadow.offer(passage.caller.request_id, passage.request, outcome)
+
+    def _entry(
+        self,
+        caller: Caller,
+        arm: str,
+        served_by: str,
+        request: GenerationRequest,
+        outcome: Outcome,
+        agreement: float | None = None,
+    ) -> LogEntry:
+        return LogEntry(
+            self._clock.now(),
+            caller.request_id,
+            self.name,
+            arm,
+            served_by,
+            caller.session,
+            request,
+            outcome,
+            self._deployment.traffic.logs.text,
+            agreement,
+        )
+
+    # ---- following --------------------------------------------------------------------------------------------------
+
+    def follow(self, deployment: Deployment, rollout: Rollout | None, resolve: Resolve) -> list[Route]:
+        """Makes the routes what is wanted; those that are wanted no more are returned, for the caller to close."""
+        wants = _wants(deployment, rollout)
+        versions, faults = _resolved(wants, resolve)
+        routes = dict(self._routes)
+        self._adopt(routes, wants, versions)
+        for arm, want in wants.items():
+            route = routes.get(arm)
+            if route is None:
+                route = routes[arm] = Route(want, self._load, clock=self._clock)
+            if arm in versions:
+                route.aim(want, versions[arm])
+                self._aims[route] = _aim(want, versions[arm])
+            else:
+                self._log.warning("registry_poll_failed", arm=arm, error=faults[arm])
+                route.fault(want, faults[arm])
+        retired = [routes.pop(arm) for arm in list(routes) if arm not in wants]
+        for route in retired:
+            self._aims.pop(route, None)
+        self._deployment = deployment
+        self._routes = routes
+        self._renew_shadow(deployment)
+        self._note_readiness()
+        self._renew_experiment(wants)
+        return retired
+
+    def _adopt(
+        self, routes: dict[str, Route], wants: Mapping[str, Deployment], versions: Mapping[str, ModelVersion]
+    ) -> None:
+        """Where what is wanted as stable serves already, as an arm that goes, that arm's route becomes the stable one.
+
+        So a promoted canary answers everybody at once, and no third copy of a model is loaded.
+        """
+        if STABLE not in versions:
+            return
+        wanted = _aim(wants[STABLE], versions[STABLE])
+        if self._aims.get(routes[STABLE]) == wanted and routes[STABLE].is_ready:
+            return
+        for arm, route in routes.items():
+            if arm not in wants and self._aims.get(route) == wanted and route.is_ready:
+                routes[STABLE], routes[arm] = route, routes[STABLE]
+                self._log.info("arm_adopted", arm=arm, version=versions[STABLE].version)
+                return
+
+    def _renew_shadow(self, deployment: Deployment) -> None:
+        wanted = deployment.traffic.shadow
+        current = self._shadow
+        if current is not None and current.shadow == wanted and self._routes.get(SHADOW) is not None:
+            return
+        if current is not None:
+            self._shadow = None
+            current.close()
+        if wanted is None:
+            return
+        route = self._routes[SHADOW]
+        self._shadow = ShadowRunner(
+            self.name,
+            wanted,
+            start=route.generate,
+            is_ready=lambda: route.is_ready,
+            presence=self._presence,
+            clock=self._clock,
+            on_comparison=self._note_comparison,
+            on_fate=lambda fate: self._metrics.copies.labels(self.name, fate).inc(),
+        )
+
+    def _note_comparison(self, found: Comparison) -> None:
+        if self._deployment.traffic.logs.share > 0:
+            caller = Caller(found.request_id)
+            self._request_log.offer(
+                self._entry(caller, SHADOW, found.served_by, found.request, found.shadow, found.agreement)
+            )
+
+    def _note_readiness(self) -> None:
+        now_s = self._clock.monotonic_s()
+        for arm, route in self._routes.items():
+            if route.is_ready:
+                self._unready_since_s.pop(arm, None)
+            else:
+                self._unready_since_s.setdefault(arm, now_s)
+        for arm in self._unready_since_s.keys() - self._routes.keys():
+            del self._unready_since_s[arm]
+
+    def _renew_experiment(self, wants: Mapping[str, Deployment]) -> None:
+        """Begins a new period when weights or versions have changed. A version that is not there now is not changed."""
+        weights = {arm: weight for arm, weight in self._deployment.traffic.weights.items() if arm in wants}
+        weights[STABLE] = 1 - math.fsum(weight for arm, weight in weights.items() if arm != STABLE)
+        former = self._experiment.split.versions
+        versions = {arm: _serving(self._routes[arm]) or former.get(arm) for arm in weights}
+        split = Split({arm: round(weight, 12) for arm, weight in weights.items()}, versions)
+        if split == self._experiment.split:
+            return
+        if self._experiment.changes:
+            self.save()
+        self._experiment = Experiment(self.name, self._experiment.period + 1, split, self._clock.now())
+
+    # ---- what is ----------------------------------------------------------------------------------------------------
+
+    def status(self) -> DeploymentStatus:
+        """What is, as far as this process knows."""
+        weights = self._experiment.split.weights
+        arms = [
+            _arm_status(arm, route.status(), weights.get(arm, 0.0))
+            for arm, route in sorted(self._routes.items(), key=lambda item: (item[0] != STABLE, item[0]))
+        ]
+        return replace(self.stable.status(), arms=tuple(arms) if len(arms) > 1 else ())
+
+    def sight(self, rollout: Rollout) -> Sight | None:
+        """What a rollout is judged by; None while its step has not reached the routes."""
+        experiment, route = self._experiment, self._routes.get(rollout.arm)
+        if route is None or experiment.split.weights.get(rollout.arm) != rollout.weight:
+            return None
+        status = route.status()
+        since_s = self._unready_since_s.get(rollout.arm)
+        has_served = experiment.split.versions.get(rollout.arm) is not None
+        return Sight(
+            is_ready=since_s is None,
+            unready_s=0.0 if since_s is None else self._clock.monotonic_s() - since_s,
+            has_failed=status.state is DeploymentState.FAILED,
+            fault=status.error,
+            step_s=(self._clock.now() - experiment.started_at).total_seconds() if has_served else 0.0,
+            stable=experiment.stats(STABLE),
+            canary=experiment.stats(rollout.arm),
+        )
+
+    def shadow_report(self) -> ShadowReport | None:
+        """What the shadow's copies have shown; None without a shadow."""
+        return self._shadow.report() if self._shadow is not None else None
+
+    def save(self) -> None:
+        """Stores what the arms were measured by, if there is news."""
+        mark = (self._experiment.period, self._experiment.changes)
+        if mark != self._saved:
+            self._experiments.save(self._experiment)
+            self._saved = mark
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Frees every route: after their streams have ended, for at most `timeout_s` each, or at once, no `drain`."""
+        if self._shadow is not None:
+            self._shadow.close()
+        for arm in sorted(self._routes, key=lambda arm: arm == STABLE):
+            self._routes[arm].close(drain=drain, timeout_s=timeout_s)
+
+
+def _wants(deployment: Deployment, rollout: Rollout | None) -> dict[str, Deployment]:
+    """What each arm shall follow, as a deployment of its own. A canary that is being promoted is the stable version."""
+    policy = deployment.traffic
+    wants = {STABLE: deployment}
+    promoted = rollout if rollout is not None and rollout.state is RolloutState.PROMOTING else None
+    if promoted is not None:
+        wants[STABLE] = replace(
+            deployment,
+            model=promoted.model,
+            selector=str(promoted.version),
+            settings=promoted.settings or deployment.settings,
+        )
+    least = replace(deployment.replicas, min_replicas=max(1, deployment.replicas.min_replicas))
+    for arm in policy.arms:
+        if promoted is None or arm.name != promoted.arm:
+            wants[arm.name] = replace(
+                deployment,
+                model=arm.model,
+                selector=arm.selector,
+                settings=arm.settings or deployment.settings,
+                replicas=least,
+            )
+    if policy.shadow is not None:
+        wants[SHADOW] = replace(
+            deployment,
+            model=policy.shadow.model,
+            selector=policy.shadow.selector,
+            settings=policy.shadow.settings or deployment.settings,
+            replicas=replace(least, min_replicas=1, max_replicas=1),
+        )
+    return wants
+
+
+def _resolved(wants: Mapping[str, Deployment], resolve: Resolve) -> tuple[dict[str, ModelVersion], dict[str, str]]:
+    """The versions that are wanted, and why some could not be found out."""
+    versions, faults = {}, {}
+    for arm, want in wants.items():
+        try:
+            versions[arm] = resolve(want.target)
+        except Exception as error:  # noqa: BLE001 - what serves goes on; the status shows it
+            faults[arm] = str(error)
+    return versions, faults
+
+
+def _aim(want: Deployment, version: ModelVersion) -> tuple[object, ...]:
+    return version.key, want.settings, want.replicas.backend
+
+
+def _serving(route: Route) -> int | None:
+    return route.status().version
+
+
+def _arm_status(arm: str, status: DeploymentStatus, weight: float) -> ArmStatus:
+    return ArmStatus(
+        arm,
+        status.target,
+        weight,
+        status.state.value,
+        status.version,
+        sum(replica.in_flight for replica in status.replicas),
+        status.error,
+    )
