@@ -42,6 +42,15 @@ def test_a_listener_hears_the_error_that_ends_a_stream(late: bool) -> None:
     assert heard == [error]
 
 
+def test_every_listener_hears_everything() -> None:
+    stream, heard = new_stream(), (list[Heard](), list[Heard]())
+    stream.watch(heard[0].append)
+    stream.deliver(FIRST)
+    stream.watch(heard[1].append)
+    stream.deliver(LAST)
+    assert heard == ([FIRST, LAST], [FIRST, LAST])
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_listener_hears_that_the_reader_left(late: bool) -> None:
     stream, heard = new_stream(), list[Heard]()

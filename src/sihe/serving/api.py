@@ -24,6 +24,7 @@ from sihe.core.http import status_of
 from sihe.core.ids import new_id
 from sihe.core.telemetry import logger
 from sihe.serving.chunks import DONE, Answer, Kind, error_chunk
+from sihe.serving.encoding_api import add_encoding
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationEvent
@@ -32,7 +33,8 @@ from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.types import DeploymentStatus
 from sihe.serving.protocol import ChatRequest, CompletionRequest, error_body, parse
 from sihe.serving.tenants.access import Access
-from sihe.serving.tenants.http import require_caller
+from sihe.serving.tenants.http import access_of, caller_of, require_caller
+from sihe.serving.tenants.metering import start
 
 MAX_BODY_BYTES = 16 * 2**20
 VERSION_HEADER = "x-sihe-model-version"
@@ -50,6 +52,7 @@ def router(gateway: Gateway, access: Access | None = None) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_caller(access))])
     _add_models(routes, gateway)
     _add_generation(routes, gateway)
+    add_encoding(routes, gateway, _read_body)
     _add_deployments(routes, gateway)
     return routes
 
@@ -65,23 +68,33 @@ def install_errors(app: FastAPI) -> None:
 
 def _add_models(routes: APIRouter, gateway: Gateway) -> None:
     @routes.get("/v1/models", tags=["openai"])
-    def list_models() -> dict[str, Any]:
-        """The deployments that serve now."""
-        return {"object": "list", "data": [_model(status) for status in gateway.served() if status.version is not None]}
+    def list_models(request: Request) -> dict[str, Any]:
+        """The deployments that serve now, of those that the caller may use."""
+        caller = caller_of(request)
+        served = [status for status in gateway.served() if status.version is not None and caller.may_use(status.name)]
+        return {"object": "list", "data": [_model(status, gateway) for status in served]}
 
     @routes.get("/v1/models/{name}", tags=["openai"])
-    def get_model(name: str) -> dict[str, Any]:
+    def get_model(name: str, request: Request) -> dict[str, Any]:
         """One deployment."""
+        caller = caller_of(request)
         for status in gateway.served():
-            if status.name == name and status.version is not None:
-                return _model(status)
+            if status.name == name and status.version is not None and caller.may_use(name):
+                return _model(status, gateway)
         raise NotFound("deployment", name, hint="GET /v1/models lists what serves")
 
 
-def _model(status: DeploymentStatus) -> dict[str, Any]:
+def _model(status: DeploymentStatus, gateway: Gateway) -> dict[str, Any]:
     version = f"{status.target.partition('@')[0]}@{status.version}"
     created = int(status.updated_at.timestamp())
-    return {"id": status.name, "object": "model", "created": created, "owned_by": "sihe", "version": version}
+    return {
+        "id": status.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "sihe",
+        "version": version,
+        "capability": gateway.route(status.name).capability,
+    }
 
 
 def _add_generation(routes: APIRouter, gateway: Gateway) -> None:
@@ -99,11 +112,18 @@ def _add_generation(routes: APIRouter, gateway: Gateway) -> None:
 
 
 async def _generate(request: Request, gateway: Gateway, body: CompletionRequest | ChatRequest, kind: Kind) -> Response:
-    stream = await run_in_threadpool(gateway.generate, body.model, body.to_generation())
+    admission, (stream,) = await run_in_threadpool(
+        start,
+        access_of(request),
+        caller_of(request),
+        body.model,
+        [body.to_generation()],
+        lambda wanted: [gateway.generate(body.model, wanted)],
+    )
     watch = asyncio.create_task(_close_when_gone(request.receive, stream))
     prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
     answer = Answer(kind, new_id(prefix), int(time.time()), body.model, stream.served_by)
-    headers = {VERSION_HEADER: stream.served_by}
+    headers = {VERSION_HEADER: stream.served_by, **admission.headers}
     began = False
     try:
         if body.stream:

@@ -50,7 +50,7 @@ class GenerationStream:
         self._error: BaseException | None = None
         self._ended = False  # nothing more will come
         self._waiter: Wake | None = None
-        self._listener: Callable[[Heard], None] | None = None
+        self._listeners: list[Callable[[Heard], None]] = []
 
     # ---- the reader's side ------------------------------------------------------------------------------------------
 
@@ -112,13 +112,13 @@ class GenerationStream:
         self.close()
 
     def watch(self, listener: Callable[[Heard], None]) -> None:
-        """Tells `listener` what comes from here on, and first what has come and no reader has taken yet.
+        """Tells one more `listener` what comes from here on, and first what has come and no reader has taken yet.
 
         It hears each event, then the error that ends the stream, or None when the reader closes it before its end, on
         the thread that does so: it must return at once, raise nothing, and leave this stream alone.
         """
         with self._changed:
-            self._listener = listener
+            self._listeners.append(listener)
             for event in self._events:
                 listener(event)
             if self._error is not None:
@@ -151,8 +151,8 @@ class GenerationStream:
         return wake if self._relay is None or heard is None else self._relay(heard)
 
     def _tell(self, heard: Heard) -> None:
-        if self._listener is not None:
-            self._listener(heard)
+        for listener in self._listeners:
+            listener(heard)
 
     def _take(self) -> GenerationEvent | None:
         if self._events:
