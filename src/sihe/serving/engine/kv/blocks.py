@@ -186,7 +186,7 @@ class BlockTable:
         """Begins with `blocks` that were found; the tokens that they hold."""
         assert not self.blocks, "a table begins with what it reuses"
         self._pool.hold(blocks)
-        self.blocks = blocks
+        self.blocks = list(blocks)
         self._published = len(blocks)
         return len(blocks) * BLOCK_TOKENS
 
