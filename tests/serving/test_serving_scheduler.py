@@ -211,7 +211,7 @@ def test_a_short_pool_preempts_the_latest_and_reads_it_again_from_the_cache() ->
     assert (traces[0].preemptions, traces[1].preemptions) == (0, 1)
     assert traces[0].token_steps == list(range(60))
     again = next(chunk for chunk in traces[1].chunks[1:] if chunk.length > 1)
-    assert 0 < again.start  # part of what it had was still known
+    assert again.start > 0  # part of what it had was still known
     assert again.last
 
 
@@ -251,7 +251,7 @@ def test_a_sequence_that_wants_its_own_computation_shares_nothing() -> None:
 def test_tenants_get_the_same_service_whatever_they_send(weights: tuple[int, int]) -> None:
     """One tenant floods with long answers, the other sends as it can; both always have something waiting.
 
-    The bound of theorem 4.4 of arXiv:2401.00588: twice the larger of a longest prompt and of what the whole batch holds.
+    The bound of arXiv:2401.00588, section 4: twice the larger of a longest prompt and of what the whole batch holds.
     """
     prompt, answer = weights
     greedy = [Arrival(0, prompt * 2, answer * 2, tenant="greedy") for _ in range(120)]
