@@ -118,8 +118,12 @@ class BatchQueue:
     def wake_s(self, *, compute_s: float = 0.0) -> float | None:
         """The time at which `take` or `expire` has something to do if nobody else arrives; None: never."""
         times = [self._due_s(waiting, compute_s) for waiting in self._buckets.values()]
-        times += [item.deadline_s for item in self._items.values() if item.deadline_s is not None]
-        return min(times, default=None)
+        deadline_s = self.deadline_s()
+        return min(times if deadline_s is None else [*times, deadline_s], default=None)
+
+    def deadline_s(self) -> float | None:
+        """The earliest deadline of those that wait; None: nobody has one."""
+        return min((item.deadline_s for item in self._items.values() if item.deadline_s is not None), default=None)
 
     # ---- the decision -----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,25 @@ class Backend(Protocol):
         ...
 
 
+class ServedModel(Protocol):
+    """A deployment as health and metadata show it (the gateway's `DeploymentStatus`)."""
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        ...
+
+    @property
+    def version(self) -> int | None:
+        """The version that serves now; None when none does."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why it does not serve what is wanted."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BatchStats:
     """One computed batch."""

@@ -64,7 +64,11 @@ class Predictor:
         self._ids = count()
         self._all_outputs = tuple(spec.name for spec in description.outputs)
         # Shared by callers and the computing threads, under the condition.
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._deadlines = threading.Condition(lock)
+        self._alarm_s = float("inf")  # when the earliest deadline is looked at
+        self._alarm: threading.Thread | None = None
         self._queue = BatchQueue(
             BatchPolicy(config.max_batch_size, config.max_delay_ms / 1000, adaptive=config.wait == "adaptive")
         )
@@ -128,6 +132,8 @@ class Predictor:
             self._pending[id] = _Pending(item, request, future)
             self._queue.add(item)
             self._changed.notify()
+            if item.deadline_s is not None:
+                self._watch_deadline(item.deadline_s)
         future.add_done_callback(lambda done: self._forget(id) if done.cancelled() else None)
         return future
 
@@ -140,6 +146,11 @@ class Predictor:
         if self.description.batched:
             example = {name: np.concatenate([array[:1]] * _WARM_ROWS) for name, array in example.items()}
         self.submit(InferenceRequest(example, self._all_outputs)).result()
+
+    @property
+    def version(self) -> str:
+        """The version in `name` (`model@3`), as the protocol names it."""
+        return self.name.rpartition("@")[2]
 
     @property
     def is_alive(self) -> bool:
@@ -161,6 +172,7 @@ class Predictor:
             self._closing = True
             self._abandon |= not drain
             self._changed.notify_all()
+            self._deadlines.notify()
         until_s = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
         for thread in self._threads:
             thread.join(None if until_s is None else max(0.0, until_s - self._clock.monotonic_s()))
@@ -169,6 +181,8 @@ class Predictor:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._alarm is not None:
+            self._alarm.join()
 
     def __enter__(self) -> Predictor:
         return self
@@ -204,6 +218,36 @@ class Predictor:
         if waited:
             self._observer.on_request("aborted", None)
 
+    # ---- deadlines, while every computing thread is busy ------------------------------------------------------------
+
+    def _watch_deadline(self, deadline_s: float) -> None:
+        """Under the condition. The thread that watches is there from the first deadline on."""
+        if deadline_s >= self._alarm_s:
+            return
+        self._alarm_s = deadline_s
+        if self._alarm is None:
+            self._alarm = threading.Thread(target=self._keep_deadlines, name=f"deadlines {self.name}", daemon=True)
+            self._alarm.start()
+        self._deadlines.notify()
+
+    def _keep_deadlines(self) -> None:
+        """Answers those who are too late, also while a long batch holds up the queue."""
+        while True:
+            with self._changed:
+                now_s = self._clock.monotonic_s()
+                late = self._take_late(now_s)
+                earliest_s = self._queue.deadline_s()
+                self._alarm_s = float("inf") if earliest_s is None else earliest_s
+                if not late:
+                    if self._closing and earliest_s is None:
+                        return
+                    self._deadlines.wait(None if earliest_s is None else max(0.0, earliest_s - now_s))
+            for pending in late:
+                self._expire(pending)
+
+    def _take_late(self, now_s: float) -> list[_Pending]:
+        return [self._pending.pop(item.id) for item in self._queue.expire(now_s)]
+
     # ---- the computing threads --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -224,9 +268,8 @@ class Predictor:
     def _turn(self) -> bool:
         """Waits for a batch and computes it; false when the threads are to end."""
         with self._changed:
-            batch, late = self._next()
+            batch, expired = self._next()
             members = [self._pending[item.id] for item in batch.items] if batch else []
-            expired = [self._pending.pop(item.id) for item in late]
             if len(self._queue):
                 self._changed.notify()  # another instance may find the next batch due
         for pending in expired:
@@ -235,11 +278,11 @@ class Predictor:
             self._compute(members)
         return bool(members or expired)
 
-    def _next(self) -> tuple[Batch | None, list[Item]]:
+    def _next(self) -> tuple[Batch | None, list[_Pending]]:
         """Under the condition: blocks until a batch is due or deadlines have passed; nothing at all means the end."""
         while not self._abandon:
             now_s = self._clock.monotonic_s()
-            late = self._queue.expire(now_s)
+            late = self._take_late(now_s)
             # Nobody joins any more once it drains: what waits is due.
             batch = self._queue.take(float("inf") if self._closing else now_s, compute_s=self._compute_s)
             if batch or late or self._closing:
@@ -328,6 +371,7 @@ class Predictor:
             left, self._pending = list(self._pending.values()), {}
             for pending in left:
                 self._queue.remove(pending.item.id)
+            self._deadlines.notify()
         for pending in left:
             if not pending.future.done() and (
                 pending.future.running() or pending.future.set_running_or_notify_cancel()
