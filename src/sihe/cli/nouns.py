@@ -25,6 +25,7 @@ NOUNS: dict[str, Noun] = {
     "runs": Noun("Runs with their metrics, of every kind.", "sihe.core.commands", "runs_app"),
     "models": Noun("Registered models, their versions, aliases and lineage.", "sihe.core.commands", "models_app"),
     "deploy": Noun("Deployments that serve a model alias.", "sihe.serving.commands"),
+    "keys": Noun("Keys, tenants, limits and usage of the server.", "sihe.serving.tenants.commands"),
     "vectors": Noun("Vector collections.", "sihe.vectors.commands"),
     "index": Noun("Build and list search indexes over documents.", "sihe.apps.rag.commands", "index_app"),
     "ask": Noun("Ask an index a question; the answer cites its sources.", "sihe.apps.rag.commands", "ask_app"),

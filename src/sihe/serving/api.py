@@ -33,6 +33,7 @@ from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.types import DeploymentStatus
 from sihe.serving.protocol import ChatRequest, CompletionRequest, error_body, parse
 from sihe.serving.tenants.access import Access
+from sihe.serving.tenants.api import router as tenants_api
 from sihe.serving.tenants.http import access_of, caller_of, require_caller
 from sihe.serving.tenants.metering import start
 
@@ -54,6 +55,7 @@ def router(gateway: Gateway, access: Access | None = None) -> APIRouter:
     _add_generation(routes, gateway)
     add_encoding(routes, gateway, _read_body)
     _add_deployments(routes, gateway)
+    routes.include_router(tenants_api(access))
     return routes
 
 

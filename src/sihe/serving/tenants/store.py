@@ -123,6 +123,11 @@ class TenantStore:
                 for row in connection.execute(query if tenant is None else query.where(api_keys.c.tenant == tenant))
             ]
 
+    def key(self, id: str) -> ApiKey:
+        """One key. Raises `NotFound`."""
+        with self._records.snapshot() as connection:
+            return _key(_find(connection, id))
+
     def touch(self, used: Mapping[str, datetime]) -> None:
         """Records when keys were last used. No revision changes: nobody need hear of it."""
         if not used:
