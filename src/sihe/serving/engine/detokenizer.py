@@ -6,7 +6,7 @@ Two ways from tokens to text, one contract: the pieces, joined, are what the tok
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not, or not yet, a character
@@ -72,6 +72,27 @@ class WindowDecoder:
     def flush(self) -> str:
         """What the window reads more than has been given out."""
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
+
+
+class MarkedDecoder:
+    """Another decoder's text, with the tokens of `marked` written out where that one reads them as nothing."""
+
+    def __init__(self, make: Callable[[], TextDecoder], marked: Mapping[int, str]) -> None:
+        self._make = make
+        self._marked = marked
+        self._inner = make()
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes."""
+        if token not in self._marked:
+            return self._inner.push(token)
+        before = self._inner.flush()
+        self._inner = self._make()
+        return before + self._marked[token]
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self._inner.flush()
 
 
 class StopFilter:

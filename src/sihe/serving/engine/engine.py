@@ -20,8 +20,8 @@ from pathlib import Path
 from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.telemetry import logger
+from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.config import EngineConfig
-from sihe.serving.engine.detokenizer import StopFilter
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
 from sihe.serving.engine.runner import ModelRunner
@@ -29,6 +29,7 @@ from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
+from sihe.serving.engine.tools import ToolCallDelta, join_deltas
 from sihe.serving.engine.types import FinishReason, GenerationEvent, GenerationRequest, TokenLogprob
 from sihe.serving.engine.work import Result, Work, compute
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
@@ -111,18 +112,22 @@ class Engine:
         """
         prompt = self._tokens(request)
         room = self.context_tokens - len(prompt)
-        if room < 1:
+        if room < (0 if request.max_tokens == 0 else 1):
             raise ContextTooLong(limit=self.context_tokens, actual=len(prompt))
         id = next(self._ids)
+        answer = Answer(
+            request,
+            prompt,
+            self.tokenizer,
+            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
+            seed=secrets.randbits(64) if request.seed is None else request.seed,
+            vocab_size=self._vocab_size,
+        )
         sequence = Sequence(
             request=request,
             prompt=prompt,
-            max_tokens=min(room, request.max_tokens or room),
-            seed=secrets.randbits(64) if request.seed is None else request.seed,
-            stop_ids=self.tokenizer.stop_ids if request.messages is None else self.tokenizer.chat_stop_ids,
+            answer=answer,
             stream=GenerationStream(id, self.name, abort=self._abort, relay=relay),
-            decoder=self.tokenizer.decoder(),
-            stop=StopFilter(request.stop),
             on_done=on_done,
             submitted_s=self._clock.monotonic_s(),
             table=self._table(request, prompt),
@@ -322,13 +327,18 @@ class Engine:
     def _accept(self, sequence: Sequence, work: Work, result: Result) -> Wake | None:
         """Takes what a step has brought into the answer and tells the reader."""
         chunk = work.chunk
-        if not result.sampled:
+        if work.targets:
+            sequence.scored[chunk.start : chunk.start + len(result.scored)] = result.scored
+        if not result.sampled and not (chunk.last and sequence.remaining == 0):
             self._scheduler.advance(chunk.id, computed=chunk.start + chunk.length, length=sequence.length)
             return None
         known = sequence.length
-        text = ""
-        reason: FinishReason | None = None
+        text, calls = "", list[ToolCallDelta]()
+        reason: FinishReason | None = None if result.sampled else "length"
         logprobs: list[TokenLogprob] = []
+        if not sequence.output:
+            text, echoed = sequence.answer.echo(sequence.prompt, sequence.scored)
+            logprobs += echoed
         for sampled in result.sampled:
             if not sampled.is_finite:
                 self._fail(
@@ -336,12 +346,16 @@ class Engine:
                 )
                 return None
             sequence.append(sampled.token)
-            more, reason = sequence.read(sampled.token)
-            text += more
+            said = sequence.answer.read(sampled.token)
+            text, reason = text + said.text, said.reason
+            calls += said.calls
             if sampled.logprob is not None:
                 logprobs.append(self.tokenizer.spell(sampled.token, sampled.logprob, sampled.top))
             if reason is not None:
                 break
+        if sequence.answer.failure is not None:
+            self._fail(chunk.id, sequence.answer.failure)
+            return None
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock.monotonic_s()
         # The last token that was accepted is known and not computed.
@@ -352,6 +366,7 @@ class Engine:
             usage=sequence.usage,
             finish_reason=reason,
             logprobs=tuple(logprobs),
+            tool_calls=join_deltas(calls),
         )
         if reason is not None:
             self._leave(chunk.id, reason)

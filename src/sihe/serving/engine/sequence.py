@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sihe.serving.engine.detokenizer import StopFilter, TextDecoder
+from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockTable, chain
 from sihe.serving.engine.ports import Outcome, RequestStats
-from sihe.serving.engine.sampler import Draw
+from sihe.serving.engine.sampler import Scored
 from sihe.serving.engine.stream import GenerationStream
-from sihe.serving.engine.types import FinishReason, GenerationRequest, Usage
+from sihe.serving.engine.types import GenerationRequest, Usage
 
 
 @dataclass(slots=True)
@@ -22,16 +22,15 @@ class Sequence:
 
     request: GenerationRequest
     prompt: list[int]
-    max_tokens: int
-    seed: int
-    stop_ids: frozenset[int]
+    answer: Answer
     stream: GenerationStream
-    decoder: TextDecoder
-    stop: StopFilter
     on_done: Callable[[], None] | None
     submitted_s: float
     table: BlockTable
     output: list[int] = field(default_factory=list)
+    scored: list[Scored] = field(
+        default_factory=list
+    )  # the prompt's tokens from the second on, where they are asked for
     cached_tokens: int = 0  # of the prompt, found in the cache
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -44,7 +43,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that the answer may still get."""
-        return self.max_tokens - len(self.output)
+        return self.answer.max_tokens - len(self.output)
 
     @property
     def usage(self) -> Usage:
@@ -65,36 +64,6 @@ class Sequence:
         if length % BLOCK_TOKENS == 0:
             keys = self.table.keys
             keys += chain(keys[-1] if keys else self.table.root, self.tokens(length - BLOCK_TOKENS, length))
-
-    def draw(self, drafted: tuple[int, ...] = ()) -> Draw:
-        """How the next token is chosen, or the one after `drafted` if those should come first."""
-        request = self.request
-        return Draw(
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            seed=self.seed,
-            position=len(self.output) + len(drafted),
-            logprobs=request.logprobs,
-        )
-
-    def read(self, token: int) -> tuple[str, FinishReason | None]:
-        """The text that `token`, which `output` holds already, adds; and whether the answer ends with it."""
-        reason: FinishReason | None = None
-        text = ""
-        if token in self.stop_ids and not self.request.ignore_eos:
-            reason = "stop"
-        else:
-            text = self.stop.push(self.decoder.push(token))
-            if self.stop.is_stopped:
-                reason = "stop"
-            elif len(self.output) >= self.max_tokens:
-                reason = "length"
-        if reason is not None and not self.stop.is_stopped:
-            text += self.stop.push(self.decoder.flush()) + self.stop.flush()
-            if self.stop.is_stopped:
-                reason = "stop"
-        return text, reason
 
     def stats(self, outcome: Outcome, now_s: float) -> RequestStats:
         """What the request has cost, when it ends at `now_s`."""

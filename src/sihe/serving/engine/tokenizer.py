@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from sihe.core.errors import CorruptData, InvalidInput, NotFound
-from sihe.serving.engine.detokenizer import ByteDecoder, TextDecoder, WindowDecoder
-from sihe.serving.engine.types import ChatMessage, TokenLogprob
+from sihe.serving.engine.chat_template import ChatTemplates
+from sihe.serving.engine.detokenizer import ByteDecoder, MarkedDecoder, TextDecoder, WindowDecoder
+from sihe.serving.engine.grammar import GrammarCompiler
+from sihe.serving.engine.types import GenerationRequest, TokenLogprob
 
 
 class ModelTokenizer:
@@ -22,13 +22,14 @@ class ModelTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], *, stop_ids: frozenset[int], folder: Path) -> None:
         self._tokenizer = tokenizer
-        self._config = config
-        self._folder = folder
         self.stop_ids = stop_ids
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self._template = self._compile_template()
+        self.templates = ChatTemplates.load(folder, config)
+        self._special = _special_ids(tokenizer)
         self._pieces = _byte_pieces(tokenizer)
         self.chat_stop_ids = stop_ids | self._turn_end()
+        self._lock = Lock()
+        self._grammars: GrammarCompiler | None = None
 
     @classmethod
     def load(cls, folder: Path) -> ModelTokenizer:
@@ -47,9 +48,9 @@ class ModelTokenizer:
         """Token ids of `text`, with the special tokens that the model's post-processor adds."""
         return _ids(self._tokenizer, text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, request: GenerationRequest) -> list[int]:
         """Token ids of a conversation, rendered up to where the assistant speaks. The template adds what is special."""
-        return _ids(self._tokenizer, self.render_chat(messages), add_special_tokens=False)
+        return _ids(self._tokenizer, self.templates.render(request), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
@@ -72,71 +73,36 @@ class ModelTokenizer:
         others = tuple(TokenLogprob(token, value, self.token_bytes(token)) for token, value in top)
         return TokenLogprob(id, logprob, self.token_bytes(id), others)
 
-    def decoder(self) -> TextDecoder:
-        """A fresh incremental decoder."""
+    def decoder(self, shown: Sequence[str] = ()) -> TextDecoder:
+        """A fresh incremental decoder. Special tokens read as nothing, but for those that are `shown`."""
+        marked = {id: text for text in shown if (id := self.special_id(text)) is not None}
+        return MarkedDecoder(self._plain_decoder, marked) if marked else self._plain_decoder()
+
+    def grammars(self, vocab_size: int) -> GrammarCompiler:
+        """The compiler of constraints on answers by a model with `vocab_size` logits; each model has one."""
+        with self._lock:
+            if self._grammars is None:
+                stops = sorted(self.stop_ids | self.chat_stop_ids)
+                self._grammars = GrammarCompiler(self._tokenizer, vocab_size=vocab_size, stop_ids=stops)
+            return self._grammars
+
+    def _plain_decoder(self) -> TextDecoder:
         return ByteDecoder(self._pieces) if self._pieces is not None else WindowDecoder(self.decode)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        """A conversation as the model's chat template writes it. Raises `InvalidInput` where the template refuses."""
-        if self._template is None:
-            raise InvalidInput(
-                f"the model in {self._folder.name!r} has no chat template: use /v1/completions, "
-                "or add chat_template to its tokenizer_config.json"
-            )
-        try:
-            return self._render([{"role": message.role, "content": message.content} for message in messages])
-        except TemplateError as error:
-            raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        assert self._template is not None
-        special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in self._config.items()
-            if key.endswith("_token") and value is not None
-        }
-        return self._template(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`, if it is one: ordinary text never becomes it."""
+        id = self._tokenizer.token_to_id(text)
+        return id if id in self._special else None
 
     def _turn_end(self) -> frozenset[int]:
         """The special token that the template writes after what the assistant says: there a chat answer ends.
 
         Many models name it in generation_config.json; the template is what all of them have.
         """
-        if self._template is None:
+        if not self.templates:
             return frozenset()
-        said = "an answer to find again"
-        try:
-            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
-            after = self._render(turns, add_generation_prompt=False).rpartition(said)[2]
-        except TemplateError:
-            return frozenset()
-        first = _ids(self._tokenizer, after, add_special_tokens=False)[:1]
-        return frozenset(first) & _special_ids(self._tokenizer)
-
-    def _compile_template(self) -> Callable[..., str] | None:
-        source = self._config.get("chat_template")
-        file = self._folder / "chat_template.jinja"
-        if file.is_file():
-            source = file.read_text(encoding="utf-8")
-        if isinstance(source, list):  # several named templates
-            source = next((item["template"] for item in source if item.get("name") == "default"), None)
-        if source is None:
-            return None
-        # A template is code that came with the weights: it runs in a sandbox.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            return environment.from_string(source).render
-        except TemplateError as error:
-            raise CorruptData(self._folder / "tokenizer_config.json", f"chat_template: {error}") from error
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+        after = self.templates.ending("an answer to find again")
+        return frozenset(_ids(self._tokenizer, after, add_special_tokens=False)[:1]) & self._special
 
 
 def _ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:

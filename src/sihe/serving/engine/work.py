@@ -41,9 +41,14 @@ class Work:
     def of(cls, sequence: Sequence, chunk: Chunk) -> Work:
         """The work that `chunk` plans for `sequence`."""
         end = chunk.start + chunk.length
-        draws = (sequence.draw(),) if chunk.last else ()
-        feed = Feed(sequence.tokens(chunk.start, end), chunk.start, sequence.table.blocks, num_logits=len(draws))
-        return cls(chunk, feed, draws)
+        draws = sequence.answer.draws() if chunk.last and sequence.remaining > 0 else ()
+        targets: tuple[int, ...] = ()
+        wanted = len(draws)
+        if sequence.request.needs_prompt_logits and chunk.start < len(sequence.prompt) - 1:
+            targets = tuple(sequence.prompt[chunk.start + 1 : end + 1])
+            wanted = chunk.length
+        feed = Feed(sequence.tokens(chunk.start, end), chunk.start, sequence.table.blocks, num_logits=wanted)
+        return cls(chunk, feed, draws, targets, sequence.request.logprobs or 0)
 
 
 @dataclass(frozen=True, slots=True)
