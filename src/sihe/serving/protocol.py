@@ -24,7 +24,7 @@ from sihe.core.errors import (
 )
 from sihe.core.http import status_of
 from sihe.serving.engine.types import ChatMessage, GenerationRequest
-from sihe.serving.errors import ContextTooLong, QuotaExceeded, RateLimited, UnsupportedParameter
+from sihe.serving.errors import ContextTooLong, InputTooLong, QuotaExceeded, RateLimited, UnsupportedParameter
 
 # Parameters that are not supported, with the values that mean "not used".
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -195,7 +195,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _classify(error: Exception) -> tuple[int, str, str | None]:
-    if isinstance(error, ContextTooLong):
+    if isinstance(error, ContextTooLong | InputTooLong):
         return 400, "invalid_request_error", "context_length_exceeded"
     if isinstance(error, Unauthorized):
         return 401, "invalid_request_error", "invalid_api_key"

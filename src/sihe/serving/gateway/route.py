@@ -150,6 +150,11 @@ class Route:
         lock."""
         return any(replica.is_serving for replica in self._replicas) or self._is_asleep()
 
+    @property
+    def capability(self) -> str | None:
+        """What its version is for: generation, embeddings, rerank, …; None while nothing is loaded."""
+        return next((replica.capability for replica in self._replicas if replica.capability), None)
+
     # ---- what is ----------------------------------------------------------------------------------------------------
 
     def replicas(self) -> tuple[Replica, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from sihe.core.errors import ConfigError
 from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver, RequestStats, StepStats
-from sihe.serving.gateway.replicas.config import Backend, LocalBackend
+from sihe.serving.gateway.replicas.config import Backend, LocalBackend, RayBackend
 from sihe.serving.gateway.replicas.ports import Served
 
 
@@ -37,9 +39,16 @@ def load(
     workspace: Workspace, version: ModelVersion, settings: EngineConfig, backend: Backend, observer: EngineObserver
 ) -> Served:
     """What serves `version` on `backend`. Raises what is wrong with it, `NoMemory`, `NoRoom`, `MissingExtra`."""
+    if isinstance(backend, RayBackend):
+        from sihe.serving.gateway.replicas.ray.host import load as load_on_ray
+
+        return cast(Served, load_on_ray(workspace, version, settings, backend, observer))
+    if not isinstance(backend, LocalBackend):
+        raise ConfigError(f"backend {backend.kind!r} is not built: use local or ray", key="backend")
+    from sihe.serving.engine.encoder.engine import EncoderEngine
+    from sihe.serving.engine.encoder.runner import is_encoder
     from sihe.serving.engine.engine import Engine
 
-    if not isinstance(backend, LocalBackend):
-        raise ConfigError(f"backend {backend.kind!r} is not built: use local", key="backend")
-    name = f"{version.name}@{version.version}"
-    return Engine.load(workspace.tracking.download(version), settings, name=name, observer=observer)
+    folder = workspace.tracking.download(version)
+    engine: type[EncoderEngine] | type[Engine] = EncoderEngine if is_encoder(folder) else Engine
+    return engine.load(folder, settings, name=f"{version.name}@{version.version}", observer=observer)

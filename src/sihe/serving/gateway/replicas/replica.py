@@ -12,7 +12,7 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import RequestStats, StepStats
 from sihe.serving.engine.stream import GenerationStream, Relay
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import EngineClosed
+from sihe.serving.errors import EngineClosed, WrongCapability
 from sihe.serving.gateway.replicas.balancer import Candidate
 from sihe.serving.gateway.replicas.breaker import Breaker
 from sihe.serving.gateway.replicas.config import Backend
@@ -59,6 +59,12 @@ class Replica:
     def is_alive(self) -> bool:
         """Whether what it holds still works."""
         return self._served is not None and self._served.is_alive
+
+    @property
+    def capability(self) -> str | None:
+        """What it is for: generation, embeddings, rerank, …; None while nothing is loaded."""
+        served = self._served
+        return None if served is None else str(getattr(served, "capability", "generation"))
 
     @property
     def is_serving(self) -> bool:
@@ -133,10 +139,16 @@ class Replica:
 
         self.take(work, now_s)
         try:
-            return cast(ReplicaEngine, self.held()).submit(request, on_done=done, relay=relay)
+            return self._generator().submit(request, on_done=done, relay=relay)
         except BaseException:
             self.release(work)
             raise
+
+    def _generator(self) -> ReplicaEngine:
+        held, capability = self.held(), self.capability
+        if capability not in ("generation", None):
+            raise WrongCapability(self.served_by, wanted="generation", has=str(capability))
+        return cast(ReplicaEngine, held)
 
     def take(self, work: float, now_s: float) -> None:
         """A request of so much `work` goes here."""
