@@ -13,6 +13,7 @@ from sihe.serving.engine.compute.step import Feed
 from sihe.serving.engine.sampler import Draw, Sampled, Scored, sample, score
 from sihe.serving.engine.scheduler import Chunk
 from sihe.serving.engine.sequence import Sequence
+from sihe.serving.engine.speculation import Proposal, agree, verify
 
 
 class Forward(Protocol):
@@ -28,7 +29,8 @@ class Work:
     """What one sequence does in a step.
 
     The logits of the first tokens of `feed` for which they are wanted score `targets` (the tokens of the prompt that
-    follow them), and those of the last ones are drawn from, by `draws`.
+    follow them), and those of the last ones are drawn from, by `draws`: one for the next token, and one for each that
+    comes after a token of `proposal`.
     """
 
     chunk: Chunk
@@ -36,19 +38,21 @@ class Work:
     draws: tuple[Draw, ...] = ()
     targets: tuple[int, ...] = ()
     top: int = 0  # likeliest tokens that are reported beside each target
+    proposal: Proposal = Proposal()
 
     @classmethod
-    def of(cls, sequence: Sequence, chunk: Chunk) -> Work:
-        """The work that `chunk` plans for `sequence`."""
+    def of(cls, sequence: Sequence, chunk: Chunk, proposal: Proposal = Proposal()) -> Work:
+        """The work that `chunk` plans for `sequence`, with the tokens that are proposed to come next."""
         end = chunk.start + chunk.length
-        draws = sequence.answer.draws() if chunk.last and sequence.remaining > 0 else ()
+        draws = sequence.answer.draws(proposal.tokens) if chunk.last and sequence.remaining > 0 else ()
         targets: tuple[int, ...] = ()
         wanted = len(draws)
         if sequence.request.needs_prompt_logits and chunk.start < len(sequence.prompt) - 1:
             targets = tuple(sequence.prompt[chunk.start + 1 : end + 1])
             wanted = chunk.length
-        feed = Feed(sequence.tokens(chunk.start, end), chunk.start, sequence.table.blocks, num_logits=wanted)
-        return cls(chunk, feed, draws, targets, sequence.request.logprobs or 0)
+        tokens = [*sequence.tokens(chunk.start, end), *proposal.tokens]
+        feed = Feed(tokens, chunk.start, sequence.table.blocks, num_logits=wanted)
+        return cls(chunk, feed, draws, targets, sequence.request.logprobs or 0, proposal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,9 @@ def compute(runner: Forward, works: Items[Work]) -> list[Result]:
         scored.append(tuple(score(logits_OV[at : at + len(targets)], targets, work.top)) if targets else ())
         at = end
     draws = [draw for work in works for draw in work.draws]
-    rows_BV = logits_OV if len(draws) == at else logits_OV[torch.tensor(drawn, device=logits_OV.device)]
+    rows_BV = (
+        logits_OV if len(draws) == at else logits_OV[torch.tensor(drawn, dtype=torch.int64, device=logits_OV.device)]
+    )
     sampled = iter(sample(rows_BV, draws) if draws else ())
     return [
         Result(tuple(next(sampled) for _ in work.draws), scores) for work, scores in zip(works, scored, strict=True)
