@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 import typer
@@ -19,15 +20,14 @@ def create(
     target: Annotated[str, typer.Argument(help="model@alias, model@3, or model for its newest version.")],
     setting: Annotated[
         list[str] | None,
-        typer.Option("--engine", metavar="KEY=VALUE", help="An engine setting, such as max_batch_size=8."),
+        typer.Option("--engine", metavar="KEY=VALUE", help="A setting of its model's kind, such as max_batch_size=8."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
     """Deploy a model, or change what a deployment follows."""
-    from sihe.serving.engine.config import EngineConfig
     from sihe.serving.gateway.gateway import Gateway
 
-    settings = EngineConfig.from_mapping(dict(_setting(item) for item in setting or ()))
+    settings = dict(_setting(item) for item in setting or ())
     with terminal.workspace() as workspace:
         terminal.emit(Gateway(workspace).deploy(name, target, settings=settings), as_json=as_json)
 
@@ -71,8 +71,11 @@ def alias(
 
 
 def _setting(item: str) -> tuple[str, Any]:
-    """`max_batch_size=8` → a key and a whole number, or text where it is none."""
+    """`max_batch_size=8` → a key and a number, or text where it is none."""
     key, equals, value = item.partition("=")
     if not equals:
         raise typer.BadParameter(f"--engine takes KEY=VALUE, got {item!r}")
-    return key.strip(), int(value) if value.strip().isdigit() else value.strip()
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return key.strip(), kind(value)
+    return key.strip(), value.strip()

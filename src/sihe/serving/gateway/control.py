@@ -12,9 +12,9 @@ from dataclasses import replace
 from sihe.core.errors import InvalidInput, NotFound
 from sihe.core.ids import new_id
 from sihe.core.workspace import Workspace
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.errors import NotReady
 from sihe.serving.gateway.live import LiveDeployment
+from sihe.serving.gateway.settings import ModelSettings
 from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic import request_log
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
@@ -50,7 +50,7 @@ class TrafficControl:
         return self._deployments.get(name).traffic
 
     def set_arm(
-        self, name: str, arm: str, target: str, weight: float, *, settings: EngineConfig | None = None
+        self, name: str, arm: str, target: str, weight: float, *, settings: ModelSettings | None = None
     ) -> TrafficPolicy:
         """Gives an arm, new or not, a target and its share of requests; the rest is the stable arm's.
 
@@ -98,7 +98,7 @@ class TrafficControl:
         plan: Plan | None = None,
         *,
         arm: str = CANARY,
-        settings: EngineConfig | None = None,
+        settings: ModelSettings | None = None,
     ) -> Rollout:
         """Begins to bring the version behind `target` in, step by step. The version is fixed now, whatever moves later.
 

@@ -7,16 +7,15 @@ it so, within one poll, or at once when the change came through this same gatewa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sihe.core.errors import NotFound
 from sihe.core.ids import check_name
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
@@ -26,6 +25,7 @@ from sihe.serving.gateway.live import LiveDeployment
 from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig
 from sihe.serving.gateway.replicas.ports import Load, Served
 from sihe.serving.gateway.route import Route
+from sihe.serving.gateway.settings import ModelSettings, check_kind, settings_for
 from sihe.serving.gateway.store import REPORT_INTERVAL_S, DeploymentStore
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.request_log import RequestLog
@@ -76,18 +76,18 @@ class Gateway:
         name: str,
         target: str,
         *,
-        settings: EngineConfig | None = None,
+        settings: ModelSettings | Mapping[str, Any] | None = None,
         replicas: ReplicaConfig | None = None,
     ) -> DeploymentStatus:
         """Makes `name` answer with the version behind `target` (`model@alias`, `model@3`, or `model`: its newest).
 
-        Deploying again under the same name changes what it follows, and leaves its other arms as they are. Raises
-        `NotFound` when nothing is behind `target`.
+        Deploying again under the same name changes what it follows, and leaves its other arms as they are. `settings`
+        given as a mapping are read as the model's kind has them. Raises `NotFound` when nothing is behind `target`.
         """
         check_name("deployment", name)
-        self.workspace.tracking.resolve(target)
+        version = self.workspace.tracking.resolve(target)
         model, _, selector = target.partition("@")
-        self._store.put(name, model, selector, settings or EngineConfig(), replicas=replicas)
+        self._store.put(name, model, selector, settings_for(version, settings), replicas=replicas)
         self.notify()
         return self.status(name)
 
@@ -289,13 +289,20 @@ class Gateway:
             self._next_report_s = now_s + REPORT_INTERVAL_S
 
     def _loader(self, name: str) -> Load:
-        def load(version: ModelVersion, settings: EngineConfig, backend: Backend, observer: EngineObserver) -> Served:
+        def load(version: ModelVersion, settings: ModelSettings, backend: Backend, observer: EngineObserver) -> Served:
             from prometheus_client import REGISTRY
 
             from sihe.serving.gateway.metrics import ReplicaMetrics, ServingMetrics
             from sihe.serving.gateway.replicas import hosts
+            from sihe.serving.predictive.config import PredictiveConfig
+            from sihe.serving.predictive.metrics import PredictiveMetrics, PredictorMetrics
 
-            metrics = ReplicaMetrics(ServingMetrics.on(self._registry or REGISTRY), name, version.version)
+            registry = self._registry or REGISTRY
+            check_kind(version, settings)
+            if isinstance(settings, PredictiveConfig):
+                watch = PredictorMetrics(PredictiveMetrics.on(registry), name, version.version, observer.on_close)
+                return hosts.load_predictor(self.workspace, version, settings, backend, watch)
+            metrics = ReplicaMetrics(ServingMetrics.on(registry), name, version.version)
             return hosts.load(self.workspace, version, settings, backend, hosts.Observers(metrics, observer))
 
         return load

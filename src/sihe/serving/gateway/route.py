@@ -17,7 +17,6 @@ from sihe.core.clock import Clock
 from sihe.core.errors import Busy, TransientError
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NoMemory, NoRoom, NotReady
@@ -28,6 +27,7 @@ from sihe.serving.gateway.replicas.dispatcher import Dispatcher
 from sihe.serving.gateway.replicas.ports import Load, Served
 from sihe.serving.gateway.replicas.replacement import Member, Moves, Stage, next_moves
 from sihe.serving.gateway.replicas.replica import Replica
+from sihe.serving.gateway.settings import ModelSettings
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ _LOADS_AT_ONCE = {"local": 1, "openai": 1, "ray": 8}  # on one machine each load
 @dataclass(frozen=True, slots=True)
 class _Wish:
     version: ModelVersion
-    settings: EngineConfig
+    settings: ModelSettings
     backend: Backend
 
     def is_met_by(self, other: Replica | _Wish | None) -> bool:

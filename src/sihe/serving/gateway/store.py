@@ -12,8 +12,8 @@ from sqlalchemy import Row, select
 from sihe.core.clock import Clock
 from sihe.core.errors import NotFound
 from sihe.core.records import Records
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.settings import ModelSettings, from_mapping
 from sihe.serving.gateway.traffic.store import change_traffic, forget
 from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState, ReplicaStatus
@@ -36,7 +36,7 @@ class DeploymentStore:
         name: str,
         model: str,
         selector: str,
-        settings: EngineConfig,
+        settings: ModelSettings,
         *,
         replicas: ReplicaConfig | None = None,
     ) -> Deployment:
@@ -134,7 +134,7 @@ def _deployment(row: Row[Any]) -> Deployment:
         name=row.name,
         model=row.model,
         selector=row.selector,
-        settings=EngineConfig.from_mapping(row.settings),
+        settings=from_mapping(row.settings),
         created_at=row.created_at,
         updated_at=row.updated_at,
         replicas=ReplicaConfig.from_mapping(row.replicas or {}),

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.replicas.types import ReplicaState as ReplicaState
 from sihe.serving.gateway.replicas.types import ReplicaStatus as ReplicaStatus
+from sihe.serving.gateway.settings import ModelSettings
 from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
 
 
@@ -32,7 +32,7 @@ class Deployment:
     name: str
     model: str
     selector: str
-    settings: EngineConfig
+    settings: ModelSettings
     created_at: datetime
     updated_at: datetime
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -35,7 +35,12 @@ from sihe.serving.predictive.protocol import (
     parse_request,
 )
 from sihe.serving.predictive.types import InferenceResult, TensorSpec
+from sihe.serving.tenants.usage import Tally
 from sihe.version import __version__
+
+if TYPE_CHECKING:
+    from sihe.serving.tenants.access import Admission
+    from sihe.serving.tenants.usage import Outcome
 
 PREFIX = "/v2"
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads the answer
@@ -45,20 +50,34 @@ _log = logger("serving")
 T = TypeVar("T")
 
 
+Admit = Callable[[Request, str], Awaitable["Admission"]]
+
+
+class Answering(Protocol):
+    """The replicas of one deployment (the gateway's `Route`)."""
+
+    def call(self, work: Callable[[Any], T]) -> T:
+        """What `work` gives for what one of the replicas holds. Raises `NotReady`, and what `work` raises."""
+        ...
+
+
 class Models(Protocol):
-    """What serves: the gateway, or anything that can find a predictor by a deployment's name."""
+    """What serves in this process (the `Gateway`)."""
 
-    def models(self) -> tuple[ServedModel, ...]:
-        """Every deployment of this process, whatever kind of model it has."""
+    def served(self) -> tuple[ServedModel, ...]:
+        """Every deployment, whatever kind of model it has."""
         ...
 
-    def call(self, name: str, work: Callable[[Any], T]) -> T:
-        """What `work` gives for what a replica of deployment `name` holds. Raises `NotFound`, `NotReady`."""
+    def route(self, name: str) -> Answering:
+        """The replicas of deployment `name`. Raises `NotFound`, `NotReady`."""
         ...
 
 
-def router(models: Models) -> APIRouter:
-    """Every route of the protocol. Errors under `PREFIX` become `error_response`s on the application."""
+def router(models: Models, *, admit: Admit | None = None) -> APIRouter:
+    """Every route of the protocol. Errors under `PREFIX` become `error_response`s on the application.
+
+    `admit` lets each inference in under its caller's limits, or raises.
+    """
     routes = APIRouter(prefix=PREFIX, tags=["open inference"])
     _add_health(routes, models)
     _add_metadata(routes, models)
@@ -66,12 +85,12 @@ def router(models: Models) -> APIRouter:
     @routes.post("/models/{name}/infer")
     async def infer(request: Request, name: str) -> Response:
         """Runs a model on the rows of the request."""
-        return await _infer(request, models, name, None)
+        return await _admitted(request, models, admit, name, None)
 
     @routes.post("/models/{name}/versions/{version}/infer")
     async def infer_version(request: Request, name: str, version: str) -> Response:
         """The same, if that version serves."""
-        return await _infer(request, models, name, version)
+        return await _admitted(request, models, admit, name, version)
 
     return routes
 
@@ -105,7 +124,7 @@ def _add_health(routes: APIRouter, models: Models) -> None:
     @routes.get("/health/ready")
     async def ready() -> Response:
         """Whether every model that is deployed here is ready."""
-        all_ready = all(model.version is not None for model in models.models())
+        all_ready = all(model.version is not None for model in models.served())
         return JSONResponse({"ready": all_ready, "live": True}, 200 if all_ready else 503)
 
     @routes.get("/models/{name}/ready")
@@ -146,12 +165,12 @@ def _add_metadata(routes: APIRouter, models: Models) -> None:
                 "state": "READY" if model.version is not None else "UNAVAILABLE",
                 "reason": model.error or "",
             }
-            for model in models.models()
+            for model in models.served()
         ]
 
 
 def _readiness(models: Models, name: str, version: str | None) -> Response:
-    found = next((model for model in models.models() if model.name == name), None)
+    found = next((model for model in models.served() if model.name == name), None)
     if found is None:
         raise NotFound("deployment", name, hint="POST /v2/repository/index lists them")
     is_ready = found.version is not None and version in (None, str(found.version))
@@ -159,7 +178,7 @@ def _readiness(models: Models, name: str, version: str | None) -> Response:
 
 
 def _metadata(models: Models, name: str, version: str | None) -> dict[str, Any]:
-    predictor = models.call(name, lambda served: _predictor(served, name, version))
+    predictor = models.route(name).call(lambda served: _predictor(served, name, version))
     description = predictor.description
     return {
         "name": name,
@@ -185,6 +204,23 @@ def _predictor(served: Any, name: str, version: str | None) -> Predictor:
 # ---- inference -----------------------------------------------------------------------------------------------------
 
 
+async def _admitted(request: Request, models: Models, admit: Admit | None, name: str, version: str | None) -> Response:
+    """One inference under its caller's limits: it counts as a request, and costs no tokens."""
+    if admit is None:
+        return await _infer(request, models, name, version)
+    admission = await admit(request, name)
+    tally = Tally(requests=1, failed=1)
+    outcome: Outcome = "failed"
+    try:
+        response = await _infer(request, models, name, version)
+        outcome = "aborted" if response.status_code == _CLIENT_GONE else "completed"
+        tally = Tally(requests=1)
+        response.headers.update(admission.headers)
+        return response
+    finally:
+        admission.finish(tally, outcome)
+
+
 async def _infer(request: Request, models: Models, name: str, version: str | None) -> Response:
     body = await _read_body(request)
     headers = request.headers
@@ -203,7 +239,7 @@ async def _infer(request: Request, models: Models, name: str, version: str | Non
             )
             return predictor, parsed, predictor.submit(parsed.request)
 
-        return models.call(name, work)
+        return models.route(name).call(work)
 
     heavy = len(body) > _INLINE_BYTES or bool(encoding)
     for attempt in range(_ATTEMPTS):

@@ -10,6 +10,7 @@ from sihe.core.errors import ConfigError
 
 Wait = Literal["adaptive", "always"]
 KIND = "predictive"  # what stands in stored settings, and in the tag of a registered version
+KIND_TAG = "sihe.kind"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sihe.core.errors import AlreadyExists, InvalidInput
 from sihe.core.lazy import require
 from sihe.core.tracking import ModelVersion, Tracking
 from sihe.serving.predictive.backends.sklearn import EXTRA, METHODS
-from sihe.serving.predictive.config import KIND, PredictiveConfig
+from sihe.serving.predictive.config import KIND, KIND_TAG, PredictiveConfig
 from sihe.serving.predictive.datatypes import as_objects
 from sihe.serving.predictive.folder import describe, example_of, tensor_spec, write_description
 from sihe.serving.predictive.predictor import Predictor
@@ -25,8 +25,6 @@ from sihe.serving.predictive.types import Array, ModelDescription, TensorSpec
 
 if TYPE_CHECKING:
     import torch
-
-KIND_TAG = "sihe.kind"
 
 
 def save_sklearn(

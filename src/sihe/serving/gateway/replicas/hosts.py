@@ -11,6 +11,8 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver, RequestStats, StepStats
 from sihe.serving.gateway.replicas.config import Backend, LocalBackend, RayBackend
 from sihe.serving.gateway.replicas.ports import Served
+from sihe.serving.predictive.config import PredictiveConfig
+from sihe.serving.predictive.ports import PredictorObserver
 
 
 class Observers:
@@ -52,3 +54,21 @@ def load(
     folder = workspace.tracking.download(version)
     engine: type[EncoderEngine] | type[Engine] = EncoderEngine if is_encoder(folder) else Engine
     return engine.load(folder, settings, name=f"{version.name}@{version.version}", observer=observer)
+
+
+def load_predictor(
+    workspace: Workspace,
+    version: ModelVersion,
+    settings: PredictiveConfig,
+    backend: Backend,
+    observer: PredictorObserver,
+) -> Served:
+    """What serves a predictive `version` in this process. Raises what is wrong with it, `MissingExtra`."""
+    from sihe.serving.predictive.predictor import Predictor
+
+    if not isinstance(backend, LocalBackend):
+        raise ConfigError(
+            f"predictive models run in this process, not on backend {backend.kind!r}: use local", key="backend"
+        )
+    folder = workspace.tracking.download(version)
+    return Predictor.load(folder, settings, name=f"{version.name}@{version.version}", observer=observer)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sihe.core.tracking import ModelVersion
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream, Relay
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.gateway.replicas.config import Backend
+from sihe.serving.gateway.settings import ModelSettings
 
 
 class Served(Protocol):
@@ -51,5 +51,5 @@ class ReplicaEngine(Served, Protocol):
         ...
 
 
-Load = Callable[[ModelVersion, EngineConfig, Backend, EngineObserver], Served]
+Load = Callable[[ModelVersion, ModelSettings, Backend, EngineObserver], Served]
 """Brings a version into memory where the backend says. Raises what is wrong with it, or that there is no room."""

@@ -8,7 +8,6 @@ from typing import cast
 
 from sihe.core.errors import InternalError
 from sihe.core.tracking import ModelVersion
-from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import RequestStats, StepStats
 from sihe.serving.engine.stream import GenerationStream, Relay
 from sihe.serving.engine.types import GenerationRequest
@@ -18,6 +17,7 @@ from sihe.serving.gateway.replicas.breaker import Breaker
 from sihe.serving.gateway.replicas.config import Backend
 from sihe.serving.gateway.replicas.ports import Load, ReplicaEngine, Served
 from sihe.serving.gateway.replicas.types import ReplicaState, ReplicaStatus
+from sihe.serving.gateway.settings import ModelSettings
 
 _ORDER = list(ReplicaState)
 
@@ -28,7 +28,7 @@ class Replica:
     def __init__(
         self,
         version: ModelVersion,
-        settings: EngineConfig,
+        settings: ModelSettings,
         backend: Backend,
         on_change: Callable[[], None],
         *,

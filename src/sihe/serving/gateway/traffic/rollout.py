@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from sihe.core.errors import InvalidInput
-from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.settings import ModelSettings
 from sihe.serving.gateway.traffic import significance
 from sihe.serving.gateway.traffic.arm_stats import ERROR, LATENCY, TTFT, ArmStats
 from sihe.serving.gateway.traffic.types import check_share
@@ -137,7 +137,7 @@ class Rollout:
     arm: str
     model: str
     version: int
-    settings: EngineConfig | None
+    settings: ModelSettings | None
     plan: Plan
     state: RolloutState
     step: int

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, select
 from sihe.core.clock import Clock
 from sihe.core.errors import AlreadyExists, Busy, NotFound
 from sihe.core.records import Records
-from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.settings import from_mapping
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState
 from sihe.serving.gateway.traffic.types import Arm, TrafficPolicy
@@ -194,7 +194,7 @@ def _rollout(row: Row[Any]) -> Rollout:
         arm=row.arm,
         model=row.model,
         version=row.version,
-        settings=EngineConfig.from_mapping(row.settings) if row.settings is not None else None,
+        settings=from_mapping(row.settings) if row.settings is not None else None,
         plan=Plan.from_mapping(row.plan),
         state=RolloutState(row.state),
         step=row.step,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from sihe.core.errors import AlreadyExists, InvalidInput, NotFound
 from sihe.core.ids import check_name
-from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.settings import ModelSettings, from_mapping
 
 STABLE = "stable"
 SHADOW = "shadow"
@@ -38,7 +38,7 @@ class Arm:
     model: str
     selector: str
     weight: float
-    settings: EngineConfig | None = None
+    settings: ModelSettings | None = None
 
     def __post_init__(self) -> None:
         check_name("arm", self.name)
@@ -63,7 +63,7 @@ class Shadow:
     model: str
     selector: str
     share: float
-    settings: EngineConfig | None = None
+    settings: ModelSettings | None = None
     only_idle: bool = True
     max_waiting: int = 64
 
@@ -204,4 +204,4 @@ def _plain(part: Arm | Shadow | None) -> dict[str, Any] | None:
 
 def _with_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     settings = values.get("settings")
-    return {**values, "settings": EngineConfig.from_mapping(settings) if settings is not None else None}
+    return {**values, "settings": from_mapping(settings) if settings is not None else None}
