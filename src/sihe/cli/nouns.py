@@ -24,6 +24,7 @@ NOUNS: dict[str, Noun] = {
     "eval": Noun("Evaluate a model.", "sihe.apps.evaluation.commands"),
     "runs": Noun("Runs with their metrics, of every kind.", "sihe.core.commands", "runs_app"),
     "models": Noun("Registered models, their versions, aliases and lineage.", "sihe.core.commands", "models_app"),
+    "predictor": Noun("Predictive models: look at one, register one.", "sihe.serving.predictive.commands"),
     "deploy": Noun("Deployments that serve a model alias.", "sihe.serving.commands"),
     "keys": Noun("Keys, tenants, limits and usage of the server.", "sihe.serving.tenants.commands"),
     "vectors": Noun("Vector collections.", "sihe.vectors.commands"),

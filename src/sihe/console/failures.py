@@ -1,4 +1,7 @@
-"""Errors as answers: a page for browsers, JSON for programs, OpenAI's form under /v1. Bugs keep their secrets."""
+"""Errors as answers: a page for browsers, JSON for programs, under /v1 and /v2 in the form of their protocols.
+
+Bugs keep their secrets.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +84,8 @@ def failure(
         code = "invalid_api_key" if status == 401 else None  # as OpenAI's clients expect it
         body = {"error": {"message": message or "not found", "type": kind, "param": None, "code": code}}
         return JSONResponse(body, status_code=status, headers=headers)
+    if request.url.path.startswith("/v2"):
+        return JSONResponse({"error": message or "not found"}, status_code=status, headers=headers)
     if "text/html" in request.headers.get("accept", "") or "hx-request" in request.headers:
         title = f"failure.{status}" if status in _TITLED else "failure.other" if status < 500 else "failure.500"
         template = "failure_part.html" if "hx-request" in request.headers else "failure.html"

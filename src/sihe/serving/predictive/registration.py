@@ -162,21 +162,22 @@ def register(
 
     Raises what is wrong with the folder; nothing is registered then.
     """
-    _try(folder, config or PredictiveConfig())
+    try_out(folder, config)
     return tracking.register_model(name, folder, run_id=run_id, tags={**(tags or {}), KIND_TAG: KIND})
+
+
+def try_out(folder: Path, config: PredictiveConfig | None = None) -> None:
+    """Loads the folder's model and lets it answer its example. Raises what is wrong with either."""
+    with Predictor.load(folder, config) as predictor:
+        predictor.warm()
 
 
 def _finish(
     folder: Path, description: ModelDescription, example: Mapping[str, Array], config: PredictiveConfig
 ) -> ModelDescription:
     write_description(folder, description, example)
-    _try(folder, config)
+    try_out(folder, config)
     return description
-
-
-def _try(folder: Path, config: PredictiveConfig) -> None:
-    with Predictor.load(folder, config) as predictor:
-        predictor.warm()
 
 
 class _new_folder:  # noqa: N801 - used as a context
