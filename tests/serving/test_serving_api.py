@@ -63,7 +63,7 @@ def test_a_completion_is_what_the_engine_says(client: openai.OpenAI, gateway: Ga
     assert raw.headers["x-sihe-model-version"] == "tiny@1"
     prompt_tokens = len(tiny_tokenizer().encode(PROMPT).ids)
     assert completion.usage is not None
-    assert completion.usage.model_dump(exclude_none=True) == {
+    assert completion.usage.model_dump(exclude_none=True, exclude={"prompt_tokens_details"}) == {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 12,
         "total_tokens": prompt_tokens + 12,
@@ -140,10 +140,26 @@ def test_seed_stop_and_logprobs(client: openai.OpenAI, gateway: Gateway) -> None
 @pytest.mark.parametrize(
     ("fields", "code", "named"),
     [
-        ({"n": 2}, "unsupported_parameter", "n"),
-        ({"presence_penalty": 1.0}, "unsupported_parameter", "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
-        ({"prompt": ["a", "b"]}, "unsupported_parameter", "prompt"),
+        ({"n": 0}, None, "n"),
+        ({"n": 129}, None, "n"),
+        ({"n": 3, "best_of": 2}, None, "best_of"),
+        ({"best_of": 2, "stream": True}, None, "best_of"),
+        ({"prompt": ["a"] * 1025}, None, "prompt"),
+        ({"prompt": []}, None, "prompt"),
+        ({"prompt": ["a", 3]}, None, "prompt"),
+        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ({"presence_penalty": 3.0}, None, None),
+        ({"logit_bias": {"fox": 1}}, None, "logit_bias.fox"),
+        ({"logit_bias": {"9999": 1}}, None, "logit_bias"),
+        ({"extra_body": {"tools": [{"type": "function"}]}}, "unsupported_parameter", "tools"),
+        ({"extra_body": {"min_p": 2}}, None, None),
+        ({"extra_body": {"min_tokens": 20}}, None, None),
+        ({"extra_body": {"prompt_logprobs": 2}}, "unsupported_parameter", "prompt_logprobs"),
+        ({"extra_body": {"guided_regex": "(a"}}, "invalid_constraint", "response_format"),
+        ({"extra_body": {"guided_regex": "a", "guided_choice": ["a"]}}, None, "response_format"),
+        ({"extra_body": {"guided_choice": "a"}}, None, "guided_choice"),
+        ({"extra_body": {"structured_outputs": {"json": {}, "regex": "a"}}}, None, "structured_outputs"),
+        ({"extra_body": {"structured_outputs": {"xml": {}}}}, None, "structured_outputs.xml"),
         ({"temperature": -1}, None, None),
         ({"top_p": 0}, None, None),
         ({"max_tokens": 0}, None, None),
@@ -164,7 +180,16 @@ def test_bad_fields_are_refused_by_name(
 
 
 def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
-    extra = {"user": "u", "store": False, "metadata": {"a": "b"}, "n": 1, "presence_penalty": 0, "tools": []}
+    extra = {
+        "user": "u",
+        "store": False,
+        "metadata": {"a": "b"},
+        "n": 1,
+        "presence_penalty": 0,
+        "tools": [],
+        "echo": False,
+        "best_of": 1,
+    }
     client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1, extra_body=extra)
 
 

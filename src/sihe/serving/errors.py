@@ -5,12 +5,14 @@ TooLarge       ├── ContextTooLong        the prompt has more tokens than t
                └── OverLimit             the request is larger than all that its tenant may ask for in a minute
 InvalidInput   ├── UnsupportedParameter  the protocol knows it, this server does not (yet)
                ├── InvalidRequest        a field of a request has the wrong form
+               ├── ContentRefused        a guard does not let this prompt pass
                ├── WrongCapability       this model generates, embeds or reranks, and something else was asked of it
                └── BadConstraint         no answer can obey it, or finding out would cost too much
 Busy           ├── QueueFull             too many requests wait: come back later
                ├── RateLimited           this tenant, or this key, asks too often or for too much
                └── QuotaExceeded         this tenant, or this key, has used what it may in this day or month
-UserError      └── NoMemory              weights and cache do not fit in memory            (MemoryError)
+UserError      ├── NoMemory              weights and cache do not fit in memory            (MemoryError)
+               └── SlowBody              a request's body did not come in time
 TransientError ├── NotReady              the deployment has no replica that serves yet
                ├── NoRoom                no machine has room for a replica now
                ├── EngineClosed          this engine takes no more requests; another one may
@@ -19,6 +21,7 @@ TransientError ├── NotReady              the deployment has no replica tha
 TimedOut       ├── DeadlineExceeded      the answer was not there in time
                └── Expired               the deadline passed while the request waited, and nothing was computed
 InternalError  ├── GenerationFailed      this one request could not be computed
+               ├── GuardFailed           the guard over prompts and answers raised: nothing passes
                ├── EncodingFailed        the same, by an encoder
                └── InferenceFailed       the same, by a predictive model
 """
@@ -91,6 +94,14 @@ class BadConstraint(InvalidInput):
         self.kind = kind
 
 
+class ContentRefused(InvalidInput):
+    """A guard does not let this prompt pass; `parameter` names where it stands."""
+
+    def __init__(self, message: str, *, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
 class QueueFull(Busy):
     """As many requests wait as the engine is told to hold."""
 
@@ -141,6 +152,13 @@ class NoMemory(UserError, MemoryError):
         )
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
+
+
+class SlowBody(UserError):
+    """A client began a request and did not send the rest of it in time."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the body of the request did not arrive within {timeout_s:.0f} s: send it faster, or less")
 
 
 class NotReady(TransientError):
@@ -205,6 +223,10 @@ class EncodingFailed(InternalError):
         super().__init__(f"{parameter}[{index}] could not be encoded: {reason}")
         self.parameter = parameter
         self.index = index
+
+
+class GuardFailed(InternalError):
+    """The guard that judges prompts and answers raised: nothing passes."""
 
 
 class InferenceFailed(InternalError):

@@ -17,7 +17,7 @@ from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.tool_calls import MARKERS, Parsed, ToolCallParser, enforce
 from sihe.serving.engine.tools import ToolCallDelta
 from sihe.serving.engine.types import FinishReason, GenerationRequest, TokenLogprob
-from sihe.serving.errors import BadConstraint
+from sihe.serving.errors import BadConstraint, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Answer:
         seed: int,
         vocab_size: int,
     ) -> None:
+        _check_ids(request, vocab_size)
         self.request = request
         self.max_tokens = max_tokens
         self.failure: BadConstraint | None = None
@@ -146,6 +147,13 @@ class Answer:
             return parsed
         rest = parser.flush()
         return Parsed(parsed.text + rest.text, parsed.calls + rest.calls)
+
+
+def _check_ids(request: GenerationRequest, vocab_size: int) -> None:
+    for name, ids in (("logit_bias", (id for id, _ in request.logit_bias)), ("stop_token_ids", request.stop_token_ids)):
+        for id in ids:
+            if not 0 <= id < vocab_size:
+                raise InvalidRequest(name, f"{name}: the model's token ids go from 0 to {vocab_size - 1}, got {id}")
 
 
 def _history(request: GenerationRequest, prompt: Sequence[int]) -> TokenHistory | None:

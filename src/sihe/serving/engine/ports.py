@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Outcome = Literal["stop", "length", "tool_calls", "aborted", "failed"]
+Outcome = Literal["stop", "length", "tool_calls", "content_filter", "aborted", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

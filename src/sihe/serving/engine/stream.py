@@ -87,9 +87,9 @@ class GenerationStream:
             events.append(event)
         return _whole(events)
 
-    async def result_async(self) -> Generation:
-        """The whole answer, on an event loop."""
-        return _whole([event async for event in self])
+    async def result_async(self, before: Iterable[GenerationEvent] = ()) -> Generation:
+        """The whole answer, on an event loop, with the events that were taken `before`."""
+        return _whole([*before, *[event async for event in self]])
 
     def close(self) -> None:
         """Aborts the request unless it has ended; a reader that waits sees the end. Safe to call again."""

@@ -10,7 +10,7 @@ from typing import Literal
 from sihe.core.errors import InvalidInput
 from sihe.serving.engine.tools import Tool, ToolCall, ToolCallDelta, ToolChoice, check_choice, join_deltas
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tools"]
 
 MAX_STOP_STRINGS = 16
