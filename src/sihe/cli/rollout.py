@@ -39,10 +39,9 @@ class EngineRollout:
     def __init__(self, model_folder: Path, timeouts: Timeouts | None = None, *, clock: Clock | None = None) -> None:
         # float32, as the policy is trained: the log-probabilities must be those by which the tokens were drawn
         config = EngineConfig(dtype="float32", max_batch_size=_BATCH, max_waiting=_WAITING)
-        runner = ModelRunner.load(model_folder, config)
+        self._runner = ModelRunner.load(model_folder, config, keep_model=True)
         self._timeouts = timeouts or Timeouts()
-        self._model = runner.model
-        self._engine = Engine(runner, ModelTokenizer.load(model_folder), config, name="rollout")
+        self._engine = Engine(self._runner, ModelTokenizer.load(model_folder), config, name="rollout")
         self._transfers = WeightSync(self, self._timeouts, clock=clock)
         self._wanted = 0
         self._changed = threading.Condition()
@@ -118,10 +117,11 @@ class EngineRollout:
     def transfer(self, policy: Decoder, version: int) -> None:
         """Copies the weights, tensor by tensor. Raises `Busy` when a newer transfer has begun meanwhile."""
         weights = dict(policy.named_parameters())
-        for name, target in self._model.named_parameters():
+        for name, target in self._runner.model.named_parameters():
             if self._wanted != version:
                 raise Busy(f"the transfer of weights {version} was overtaken by {self._wanted}")
             target.copy_(weights[name])
+        self._runner.refresh()
         self._engine.forget_prefixes()  # keys and values of the old weights
 
     def resume(self) -> None:

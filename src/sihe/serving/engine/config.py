@@ -4,40 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sihe.core.errors import ConfigError
 
-DType = Literal["auto", "bfloat16", "float32"]
+DType = Literal["auto", "bfloat16", "float32", "int8", "int4"]
+KvDType = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+SpeculationKind = Literal["none", "ngram", "draft"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes and limits of one engine.
 
-    `dtype="auto"` takes the one that the checkpoint was saved in, or float32 where the processor would crawl in it.
+    `dtype` is that of the weights: `auto` takes the one that the checkpoint was saved in; `int8` has a scale a column,
+    `int4` a scale for every 32 weights, both with activations quantised row by row as they come, on a CPU. `kv_dtype`
+    is that of the cache, by default float32 beside float32 weights and bfloat16 else. `device` is by default a GPU
+    where torch sees one. `threads` (a CPU's) default to the processors that the process may use.
     `max_context` (tokens) defaults to the model's own. `kv_cache_bytes` bounds the cache, by default a quarter of the
     memory that is free when the engine loads; fewer than `max_batch_size` sequences run at once where it does not hold
     them. `token_budget` bounds the tokens of one step: every running sequence decodes one, and prompts are read in
     chunks within what remains, so it bounds how long a long prompt can delay everyone else's next token.
+
+    `speculation` tries up to `draft_tokens` further tokens in a step while that pays, and changes no answer's
+    distribution: `ngram` proposes what followed the last tokens when they came before; `draft` asks the model in the
+    folder `draft_model`, which knows the same tokens and gets a cache as large as `kv_cache_bytes` allows of its own.
     """
 
     dtype: DType = "auto"
+    kv_dtype: KvDType = "auto"
+    device: Device = "auto"
+    threads: int | None = None
     max_batch_size: int = 32
     max_context: int | None = None
     token_budget: int = 512
     kv_cache_bytes: int | None = None
     max_waiting: int = 256
+    speculation: SpeculationKind = "none"
+    draft_model: str | None = None
+    draft_tokens: int = 4
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ConfigError(f"dtype must be auto, bfloat16 or float32, got {self.dtype!r}", key="dtype")
-        for name in ("max_batch_size", "max_context", "token_budget", "kv_cache_bytes", "max_waiting"):
+        for name, known in (
+            ("dtype", DType),
+            ("kv_dtype", KvDType),
+            ("device", Device),
+            ("speculation", SpeculationKind),
+        ):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(
+                    f"{name} is one of {', '.join(get_args(known))}, got {getattr(self, name)!r}", key=name
+                )
+        for name in (
+            "max_batch_size",
+            "max_context",
+            "token_budget",
+            "kv_cache_bytes",
+            "max_waiting",
+            "threads",
+            "draft_tokens",
+        ):
             value = getattr(self, name)
-            if value is None and name in ("max_context", "kv_cache_bytes"):
+            if value is None and name in ("max_context", "kv_cache_bytes", "threads"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
+        if (self.speculation == "draft") != (self.draft_model is not None):
+            raise ConfigError(
+                "draft_model is the folder of a model for speculation = 'draft': give both or neither",
+                key="draft_model",
+            )
         if self.token_budget <= self.max_batch_size:
             raise ConfigError(
                 f"token_budget ({self.token_budget}) must exceed max_batch_size ({self.max_batch_size}): "

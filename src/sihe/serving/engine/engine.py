@@ -22,11 +22,13 @@ from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.telemetry import logger
 from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.draft import load_proposer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
 from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
+from sihe.serving.engine.speculation import NOTHING, PromptIndex, Proposal, Proposer, Speculation
 from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.tools import ToolCallDelta, join_deltas
@@ -50,6 +52,7 @@ class Engine:
         config: EngineConfig,
         *,
         name: str,
+        proposer: Proposer | None = None,
         observer: EngineObserver | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -65,6 +68,9 @@ class Engine:
         self._pool = BlockPool(runner.num_blocks)
         self._scheduler = Scheduler(self._pool, max_running=config.max_batch_size, token_budget=config.token_budget)
         self._secret = secrets.token_bytes(16)  # goes into the keys of blocks: nobody can compute them elsewhere
+        self._speculation = (
+            None if proposer is None else Speculation(proposer, most=config.draft_tokens, clock=self._clock)
+        )
         self._ids = count()
         self._mean_request_s = 1.0
         # Shared with callers, under the condition; everything else belongs to the engine's thread.
@@ -97,7 +103,8 @@ class Engine:
                 f"it has {tokenizer.vocab_size} tokens and the model knows {runner.config.vocab_size}",
                 hint="these are the files of two different models",
             )
-        return cls(runner, tokenizer, config, name=name or model_folder.name, observer=observer)
+        proposer = load_proposer(config, tokenizer, runner)
+        return cls(runner, tokenizer, config, name=name or model_folder.name, proposer=proposer, observer=observer)
 
     # ---- the caller's side ------------------------------------------------------------------------------------------
 
@@ -131,6 +138,7 @@ class Engine:
             on_done=on_done,
             submitted_s=self._clock.monotonic_s(),
             table=self._table(request, prompt),
+            index=PromptIndex(prompt) if self.config.speculation == "ngram" else None,
         )
         with self._changed:
             self._check_open()
@@ -239,6 +247,10 @@ class Engine:
                 left = list(self._sequences)
             for id in left:
                 self._fail(id, error)
+            if self._runner is not None:
+                self._runner.close()
+            if self._speculation is not None:
+                self._speculation.close()
             self._runner = None
             self._observer.on_close()
             atexit.unregister(self.close)
@@ -268,15 +280,23 @@ class Engine:
         return bool(self._sequences) or not self._closing
 
     def _step(self) -> None:
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._drafts())
         if not plan:
             return
         started_s = self._clock.monotonic_s()
         self._note_admitted(plan, started_s)
-        works = {chunk.id: Work.of(self._sequences[chunk.id], chunk) for chunk in (*plan.decode, *plan.prefill)}
+        proposals = self._propose(plan)
+        works = {
+            chunk.id: Work.of(self._sequences[chunk.id], chunk, proposals.get(chunk.id, NOTHING))
+            for chunk in (*plan.decode, *plan.prefill)
+        }
+        begun_s = self._clock.monotonic_s()
         wakes: list[Wake] = []
-        self._compute(works, wakes)
+        accepted = self._compute(works, wakes)
         wake_readers(wakes)
+        drafted = sum(len(proposal.tokens) for proposal in proposals.values())
+        if self._speculation is not None and not plan.prefill:
+            self._speculation.add_step(plan.num_tokens + drafted, self._clock.monotonic_s() - begun_s)
         pool = self._pool
         self._observer.on_step(
             StepStats(
@@ -290,7 +310,23 @@ class Engine:
                 kv_cached_tokens=pool.num_cached * BLOCK_TOKENS,
                 hit_tokens=plan.hit_tokens,
                 preempted=len(plan.preempted),
+                drafted_tokens=drafted,
+                accepted_tokens=accepted,
             )
+        )
+
+    def _drafts(self) -> dict[int, int]:
+        """How many tokens each sequence that decodes would try."""
+        if self._speculation is None:
+            return {}
+        decoding = self._scheduler.decoding()
+        return {id: self._speculation.tries(self._sequences[id], len(decoding)) for id in decoding}
+
+    def _propose(self, plan: StepPlan) -> dict[int, Proposal]:
+        if self._speculation is None:
+            return {}
+        return self._speculation.propose(
+            [(self._sequences[chunk.id], chunk.drafts) for chunk in plan.decode if chunk.drafts]
         )
 
     def _note_admitted(self, plan: StepPlan, now_s: float) -> None:
@@ -303,26 +339,33 @@ class Engine:
                 sequence.admitted_s = now_s
                 sequence.cached_tokens = starts[id]
 
-    def _compute(self, works: dict[int, Work], wakes: list[Wake]) -> None:
-        """Runs the step; where it raises, again for each sequence alone, so that only the culprits fail."""
+    def _compute(self, works: dict[int, Work], wakes: list[Wake]) -> int:
+        """Runs the step; where it raises, again for each sequence alone, so that only the culprits fail.
+
+        Returns how many of the proposed tokens were accepted.
+        """
         assert self._runner is not None
         try:
             results = compute(self._runner, list(works.values()))
         except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the requests in it
             if len(works) > 1:
-                for id, work in works.items():
-                    self._compute({id: work}, wakes)
-                return
+                return sum(self._compute({id: work}, wakes) for id, work in works.items())
             for id in works:
                 self._log.error("generation_failed", error=repr(error), exc_info=error)
                 failure = GenerationFailed(f"the model failed on this request: {error}")
                 failure.__cause__ = error
                 self._fail(id, failure)
-            return
+            return 0
+        accepted = 0
         for work, result in zip(works.values(), results, strict=True):
+            if work.proposal.tokens and self._speculation is not None:
+                kept = len(result.sampled) - 1
+                accepted += kept
+                self._speculation.add_outcome(self._sequences[work.chunk.id], len(work.proposal.tokens), kept)
             wake = self._accept(self._sequences[work.chunk.id], work, result)
             if wake is not None:
                 wakes.append(wake)
+        return accepted
 
     def _accept(self, sequence: Sequence, work: Work, result: Result) -> Wake | None:
         """Takes what a step has brought into the answer and tells the reader."""
@@ -386,6 +429,8 @@ class Engine:
         if sequence is None:
             return None
         self._scheduler.remove(id)
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
         now_s = self._clock.monotonic_s()
         self._mean_request_s += 0.1 * (now_s - sequence.submitted_s - self._mean_request_s)
         self._observer.on_request(sequence.stats(outcome, now_s))

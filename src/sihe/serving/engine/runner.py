@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sihe.core.errors import CorruptData, NotFound
+from sihe.core.errors import ConfigError, CorruptData, InternalError, NotFound
 from sihe.models.checkpoint import load_model
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.precision import has_bf16
+from sihe.serving.engine.compute.cpu.support import WeightKind, is_supported
 from sihe.serving.engine.compute.paged import TorchCompute
 from sihe.serving.engine.compute.step import Compute, Feed, Step
-from sihe.serving.engine.config import DType, EngineConfig
+from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.kv.storage import KvPages, blocks_within
 from sihe.serving.engine.memory import available_bytes
 from sihe.serving.errors import NoMemory
@@ -27,26 +29,33 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class ModelRunner:
     """A model and the pages of its sequences: tokens in, logits out. Used by one thread."""
 
-    def __init__(self, model: Decoder, compute: Compute, pages: KvPages, *, context: int) -> None:
-        self.model = model
-        self.config = model.config
+    def __init__(
+        self, config: ModelConfig, compute: Compute, pages: KvPages, *, context: int, model: Decoder | None = None
+    ) -> None:
+        self.config = config
+        self._model = model
         self.context = context  # tokens of the longest sequence
         self._compute = compute
         self._pages = pages
 
     @classmethod
-    def load(cls, folder: Path, config: EngineConfig) -> ModelRunner:
-        """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading."""
+    def load(cls, folder: Path, config: EngineConfig, *, keep_model: bool = False) -> ModelRunner:
+        """The model of `folder`, its cache as large as `config` and memory allow. `NoMemory` comes before loading.
+
+        With `keep_model` its weights can be changed: see `model` and `refresh`.
+        """
         model_config, stored = _read_config(folder)
-        if config.dtype == "auto" and stored == "bfloat16" and not has_bf16():
-            stored = "float32"  # emulated bf16 is many times slower
-        dtype = _DTYPES[stored if config.dtype == "auto" else config.dtype]
+        device = _device(config)
+        on_kernels = device.type == "cpu" and sys.platform == "linux" and is_supported(model_config)
+        kind = _weights(config, stored, on_kernels)
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
         context = min(config.max_context or model_config.max_positions, model_config.max_positions)
-        available = available_bytes()
-        weights = model_config.num_parameters * dtype.itemsize
+        available = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        weights = model_config.num_parameters * dtype.itemsize  # what is packed smaller is read in this dtype first
         if weights > available:
             raise NoMemory(
-                f"the model in {folder.name!r} as {dtype}",
+                f"the model in {folder.name!r} as {kind}",
                 needed_bytes=weights,
                 available_bytes=available,
                 hint="free memory (another version may still be draining) or serve a smaller model",
@@ -55,12 +64,34 @@ class ModelRunner:
             model_config,
             sequences=config.max_batch_size,
             context=context,
-            dtype=dtype,
+            dtype=kv_dtype,
             budget_bytes=config.kv_cache_bytes or max((available - weights) // 4, 0),
         )
         model = load_model(folder, dtype=dtype).eval().requires_grad_(False)
-        pages = KvPages(model_config, num_blocks=num_blocks, dtype=dtype)
-        return cls(model, TorchCompute(model, pages), pages, context=context)
+        pages = KvPages(model_config, num_blocks=num_blocks, dtype=kv_dtype, device=device)
+        compute: Compute
+        if on_kernels:
+            from sihe.serving.engine.compute.cpu.compute import CpuCompute
+
+            compute = CpuCompute(model, pages, kind, threads=config.threads, keep=keep_model)
+        else:
+            compute = TorchCompute(model.to(device), pages)
+        return cls(model_config, compute, pages, context=context, model=model if keep_model else None)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder whose weights are served, of a runner that was told to keep it."""
+        if self._model is None:
+            raise InternalError("this runner did not keep its model: load it with keep_model=True")
+        return self._model
+
+    def refresh(self) -> None:
+        """Serves the weights that `model` has now. Nothing may run meanwhile, and cached keys and values are stale."""
+        self._compute.refresh(self.model)
+
+    def close(self) -> None:
+        """Ends what computes; the runner is not used again."""
+        self._compute.close()
 
     @property
     def num_blocks(self) -> int:
@@ -84,7 +115,32 @@ class ModelRunner:
         self._pages.copy(source, target)
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, DType]:
+def _device(config: EngineConfig) -> torch.device:
+    """Where the model runs. Raises `ConfigError` for a GPU that is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda' needs a GPU that torch sees; use 'auto' or 'cpu'", key="device")
+    is_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if is_gpu else "cpu")
+
+
+def _weights(config: EngineConfig, stored: WeightKind, on_kernels: bool) -> WeightKind:
+    """What the weights become in memory. Raises `ConfigError` for what only the kernels have."""
+    if config.dtype in ("int8", "int4"):
+        if not on_kernels:
+            raise ConfigError(
+                f"dtype = {config.dtype!r} is for the architectures that run on a CPU's own kernels; "
+                "take bfloat16 or float32 here",
+                key="dtype",
+            )
+        return config.dtype
+    if config.dtype == "auto":
+        # Our kernels widen bfloat16 in registers; torch emulates it, where the processor lacks it, many times slower.
+        is_slow = stored == "bfloat16" and not on_kernels and not has_bf16()
+        return "float32" if is_slow else stored
+    return config.dtype
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, WeightKind]:
     """The model's shape, and the dtype that its weights were saved in."""
     path = folder / "config.json"
     if not path.is_file():

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sihe.models.decoder import Decoder
 from sihe.serving.engine.compute.step import Step
-from sihe.serving.engine.kv.storage import BLOCK_TOKENS, KvPages
+from sihe.serving.engine.kv.blocks import BLOCK_TOKENS
+from sihe.serving.engine.kv.storage import KvPages
 
 
 class TorchCompute:
@@ -34,6 +35,13 @@ class TorchCompute:
             x_TD = self._model.hidden(tokens_1T, positions_1T, attend)[0]
             wanted_O = torch.from_numpy(step.wanted).long().to(self._device)
             return self._model.logits(x_TD[wanted_O]).float()
+
+    def refresh(self, model: Decoder) -> None:
+        """Computes with `model` from now on."""
+        self._model = model
+
+    def close(self) -> None:
+        """Nothing runs between steps."""
 
 
 class PagedAttention:

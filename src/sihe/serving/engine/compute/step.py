@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sihe.models.decoder import Decoder
+
 Ints = NDArray[np.int32]
 
 
@@ -74,6 +76,14 @@ class Compute(Protocol):
 
     def forward(self, step: Step) -> Tensor:
         """Logits of the wanted tokens, float32 [O, V]; good until the next step. Keys and values are in their pages."""
+        ...
+
+    def refresh(self, model: Decoder) -> None:
+        """Takes the weights that `model` has now."""
+        ...
+
+    def close(self) -> None:
+        """Ends what computes."""
         ...
 
 

@@ -49,7 +49,13 @@ class KvPages:
 
 def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `BLOCK_TOKENS` tokens in every layer."""
-    return BLOCK_TOKENS * config.num_layers * config.num_kv_heads * (config.head_dim + _padded(_value_dim(config))) * dtype.itemsize
+    return (
+        BLOCK_TOKENS
+        * config.num_layers
+        * config.num_kv_heads
+        * (config.head_dim + _padded(_value_dim(config)))
+        * dtype.itemsize
+    )
 
 
 def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: torch.dtype, budget_bytes: int) -> int:

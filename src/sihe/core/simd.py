@@ -1,0 +1,235 @@
+"""Vectors for Numba kernels: the few pieces of LLVM that Python loops cannot say.
+
+A tile (the innermost loops of a kernel) is written here as instructions on vectors of 16 float32 or int32 lanes, so
+that it needs no compiler on the user's machine and no library of intrinsics: LLVM splits the vectors where the
+processor has narrower registers. Only the product of bytes has an instruction of its own, used where the processor has
+it. Addresses are plain numbers: whoever calls a tile answers for what lies there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+F32X16, I32X16, I16X16, I8X16 = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16, I8))
+
+Value = Any  # an llvmlite value: the library has no types of its own
+Emit = Callable[["Tile", list[Value]], None]
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes four at a time (AVX-512 VNNI)."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512f") and features.get("avx512vnni"))
+
+
+def tile(emit: Emit, arguments: str) -> Any:
+    """An intrinsic whose body `emit` writes. `arguments` name its kinds: `i` a number or an address, `f` a float32."""
+    kinds = [{"i": types.intp, "f": types.float32}[letter] for letter in arguments]
+
+    def typed(_context: Any, *given: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Value:
+            emit(Tile(builder), list(values))
+            return context.get_dummy_value()
+
+        assert len(given) == len(kinds)
+        return types.void(*kinds), generate
+
+    return _intrinsic(typed, len(kinds))
+
+
+def _intrinsic(typed: Callable[..., Any], count: int) -> Any:
+    """`typed` as an intrinsic of `count` arguments; numba reads their number off the function."""
+    names = ", ".join(f"a{index}" for index in range(count))
+    scope: dict[str, Any] = {"typed": typed}
+    exec(f"def tile(context, {names}): return typed(context, {names})", scope)
+    return intrinsic(scope["tile"])
+
+
+def _operation(emit: Callable[[Any, list[Value]], Value], count: int, result: Any) -> Any:
+    """An intrinsic of `count` numbers that gives one."""
+
+    def typed(_context: Any, *_given: Any) -> Any:
+        def generate(_inner: Any, builder: Any, _signature: Any, values: Any) -> Value:
+            return emit(builder, list(values))
+
+        return result(*[types.intp] * count), generate
+
+    return _intrinsic(typed, count)
+
+
+def _pointer(b: Any, address: Value) -> Value:
+    return b.inttoptr(address, I64.as_pointer())
+
+
+def _yield(b: Any, _given: list[Value]) -> Value:
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")  # type: ignore[no-untyped-call]
+    return b.sext(b.call(function, []), I64)
+
+
+def _c_call(name: str) -> Callable[[Any, list[Value]], Value]:
+    def emit(b: Any, given: list[Value]) -> Value:
+        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [I64.as_pointer()]), name)  # type: ignore[no-untyped-call]
+        return b.sext(b.call(function, [_pointer(b, given[0])]), I64)
+
+    return emit
+
+
+add_atomic = _operation(lambda b, v: b.atomic_rmw("add", _pointer(b, v[0]), v[1], "acq_rel"), 2, types.intp)
+"""Adds to the int64 at an address, and gives what was there before; other threads see it whole."""
+load_atomic = _operation(lambda b, v: b.load_atomic(_pointer(b, v[0]), "acquire", 8), 1, types.intp)
+"""The int64 at an address, and with it all that was written before it."""
+yield_core = _operation(_yield, 0, types.intp)
+"""Lets another thread have the core."""
+wait_semaphore = _operation(_c_call("sem_wait"), 1, types.intp)
+"""Sleeps until the POSIX semaphore at an address is posted."""
+post_semaphore = _operation(_c_call("sem_post"), 1, types.intp)
+"""Wakes one thread that waits for the semaphore at an address."""
+
+
+def _cast(kind: Any, llvm: Any) -> Any:
+    return _operation(lambda b, v: b.inttoptr(v[0], llvm.as_pointer()), 1, types.CPointer(kind))  # type: ignore[no-untyped-call]
+
+
+float32_at, int32_at, int64_at, uint16_at = (
+    _cast(kind, llvm)
+    for kind, llvm in ((types.float32, F32), (types.int32, I32), (types.int64, I64), (types.uint16, I16))
+)
+"""An address as a pointer that can be indexed, to numbers of that kind."""
+
+
+class Tile:
+    """Writes the instructions of one tile."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    def load(self, address: Value, kind: Any) -> Value:
+        """What lies at `address`, aligned or not."""
+        value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
+        value.align = 1
+        return value
+
+    def store(self, value: Value, address: Value) -> None:
+        """Puts `value` at `address`."""
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = 1
+
+    def at(self, base: Value, *offsets: Value | int) -> Value:
+        """An address so many bytes further."""
+        for offset in offsets:
+            if not isinstance(offset, int):
+                base = self.b.add(base, offset)
+            elif offset:
+                base = self.b.add(base, I64(offset))
+        return base
+
+    def broadcast(self, address: Value, kind: Any) -> Value:
+        """The one number at `address` in all lanes."""
+        return self.splat(self.load(address, kind))
+
+    def splat(self, value: Value) -> Value:
+        """One number in all lanes."""
+        one = self.b.insert_element(ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), value, I32(0))
+        zeros = ir.Constant(I32X16, [0] * LANES)
+        return self.b.shuffle_vector(one, one, zeros)
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+
+    def variable(self, value: Value) -> Value:
+        """A place for a value that a loop changes; LLVM keeps it in a register."""
+        return cgutils.alloca_once_value(self.b, value)  # type: ignore[no-untyped-call]
+
+    def get(self, place: Value) -> Value:
+        """What a variable holds."""
+        return self.b.load(place)
+
+    def put(self, value: Value, place: Value) -> None:
+        """Changes a variable."""
+        self.b.store(value, place)
+
+    @contextmanager
+    def loop(self, count: Value) -> Iterator[Value]:
+        """0, 1, …, count - 1."""
+        with cgutils.for_range(self.b, count) as found:
+            yield found.index
+
+    # ---- arithmetic ------------------------------------------------------------------------------------------------
+
+    def constant(self, number: float, kind: Any = F32X16) -> Value:
+        """A number in all lanes."""
+        return ir.Constant(kind, [number] * LANES)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a b + c, rounded once."""
+        return self._call("llvm.fma", a.type, a, b, c)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """The larger of each pair of lanes."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def reduce(self, operation: str, value: Value, start: Value | None = None) -> Value:
+        """All lanes as one number: `fmax`, or `fadd` in the lanes' order from `start`."""
+        name = f"llvm.vector.reduce.{operation}"
+        arguments = [value] if start is None else [start, value]
+        kinds = [argument.type for argument in arguments]
+        function = self.b.module.declare_intrinsic(f"{name}.v16f32", (), ir.FunctionType(F32, kinds))
+        return self.b.call(function, arguments)
+
+    def widened(self, address: Value, kind: Any) -> Value:
+        """16 numbers as float32. `kind` is that of one: `F32`, `I16` for bfloat16, `I8`."""
+        if kind is F32:
+            return self.load(address, F32X16)
+        if kind is I16:
+            bits = self.b.zext(self.load(address, I16X16), I32X16)
+            return self.b.bitcast(self.b.shl(bits, self.constant(16, I32X16)), F32X16)
+        return self.b.sitofp(self.b.sext(self.load(address, I8X16), I32X16), F32X16)
+
+    def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Each int32 lane plus the product of its four bytes, unsigned ones by signed ones."""
+        if has_vnni():
+            kind = ir.FunctionType(I32X16, [I32X16] * 3)
+            function = self.b.module.declare_intrinsic("llvm.x86.avx512.vpdpbusd.512", (), kind)
+            return self.b.call(function, [total, unsigned, signed])
+        for place in range(4):
+            u = self.b.and_(self.b.lshr(unsigned, self.constant(8 * place, I32X16)), self.constant(0xFF, I32X16))
+            s = self.b.ashr(self.b.shl(signed, self.constant(24 - 8 * place, I32X16)), self.constant(24, I32X16))
+            total = self.b.add(total, self.b.mul(u, s))
+        return total
+
+    def exp(self, x: Value) -> Value:
+        """e to the x for x ≤ 0, to 2 in the last place: 2^n times a polynomial of the rest.
+
+        Coefficients: Cephes, expf.c (Moshier, https://www.netlib.org/cephes/).
+        """
+        x = self.b.select(self.b.fcmp_ordered("<", x, self.constant(-87.0)), self.constant(-87.0), x)  # NaN stays
+        # Added to a number, 1.5 * 2^23 rounds it, and leaves it as a whole number in the lowest bits.
+        shifted = self.fma(x, self.constant(1.4426950408889634), self.constant(12582912.0))
+        n = self.b.fsub(shifted, self.constant(12582912.0))
+        rest = self.fma(n, self.constant(-0.693359375), x)
+        rest = self.fma(n, self.constant(2.12194440e-4), rest)
+        p = self.constant(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = self.fma(p, rest, self.constant(c))
+        p = self.fma(p, self.b.fmul(rest, rest), self.b.fadd(rest, self.constant(1.0)))
+        power = self.b.shl(self.b.bitcast(shifted, I32X16), self.constant(23, I32X16))
+        power = self.b.add(power, self.constant(0x3F800000, I32X16))
+        return self.b.fmul(p, self.b.bitcast(power, F32X16))
+
+    def _call(self, name: str, kind: Any, *values: Value) -> Value:
+        suffix = "v16f32" if kind == F32X16 else "f32"
+        function = self.b.module.declare_intrinsic(
+            f"{name}.{suffix}", (), ir.FunctionType(kind, [v.type for v in values])
+        )
+        return self.b.call(function, list(values))

@@ -1,0 +1,392 @@
+"""A decoder as a program: the operations of one step in order, with the addresses of weights and buffers in them.
+
+Every architecture is another list of the same few operations (`kernels.Code`), so that one compiled function computes
+them all and nothing is compiled for a new model.
+
+T tokens of the step, O tokens whose logits are wanted, D hidden, K KV heads, G query heads of one, H head dim, F
+intermediate, E experts, R choices of experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sihe.models.attention import Attention
+from sihe.models.config import ModelConfig
+from sihe.models.decoder import Decoder
+from sihe.models.mlp import GatedMLP, PlainMLP
+from sihe.models.moe import MixtureOfExperts
+from sihe.models.rope import RotaryTable
+from sihe.models.transformer import Block
+from sihe.serving.engine.compute.cpu.kernels import ACTIVATIONS, WIDTH, Code, Kind, NormKind
+from sihe.serving.engine.compute.cpu.tiles import GROUP, PANEL
+from sihe.serving.engine.compute.cpu.weights import Packed, pack
+from sihe.serving.engine.kv.storage import KvPages
+
+Longs = NDArray[np.int64]
+TOKENS, WANTED, CHOICES = 0, 1, 2
+"""Which rows an operation has."""
+
+
+@dataclass(frozen=True)
+class Feedforward:
+    """Up (with its gate) and down, and what is between."""
+
+    up: Packed
+    down: Packed
+    activation: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The router, its experts, and the expert that all tokens share."""
+
+    router: Packed
+    experts: Feedforward
+    shared: Feedforward | None
+    bias: Tensor | None  # [E], added for choosing
+    num_experts: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weights of one norm."""
+
+    kind: NormKind
+    weight: Tensor
+    bias: Tensor
+    eps: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        """The norm that `module` computes."""
+        weight, eps = module.weight, torch.tensor([float(module.eps)])  # type: ignore[arg-type]  # both norms have it
+        assert isinstance(weight, Tensor)
+        if isinstance(module, nn.LayerNorm):
+            bias = torch.zeros_like(weight) if module.bias is None else module.bias
+            return cls(NormKind.LAYER, _floats(weight), _floats(bias), eps)
+        return cls(NormKind.RMS, _floats(weight), torch.zeros(0), eps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block."""
+
+    attention_norm: Norm
+    qkv: Packed
+    query_norm: Norm | None
+    key_norm: Norm | None
+    out: Packed
+    mlp_norm: Norm
+    mlp: Feedforward | Mixture
+
+
+class Weights:
+    """A decoder's weights, packed; unless `model` is to `keep` them they are taken out of it, block after block."""
+
+    def __init__(self, model: Decoder, kind: Kind, head: Kind, *, keep: bool) -> None:
+        config = model.config
+        table = model.embedding.weight.detach()
+        self.head = pack(model.head_weight, head)
+        self.embedding = table.float() if kind is Kind.FLOAT32 else table.bfloat16()
+        self.places = _places(model)
+        self.norm = Norm.of(model.norm)
+        self.layers: list[Layer] = []
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            attention = block.attention
+            assert isinstance(attention, Attention)
+            self.layers.append(
+                Layer(
+                    Norm.of(block.attention_norm),
+                    pack(attention.qkv.weight, kind, attention.qkv.bias),
+                    None if attention.q_norm is None else Norm.of(attention.q_norm),
+                    None if attention.k_norm is None else Norm.of(attention.k_norm),
+                    pack(attention.out.weight, kind, attention.out.bias),
+                    Norm.of(block.mlp_norm),
+                    _mlp(block.mlp, config, kind),
+                )
+            )
+            if not keep:
+                block.to("meta")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of weights that one token reads (of a mixture: all experts)."""
+        matrices = [self.head]
+        for layer in self.layers:
+            matrices += [layer.qkv, layer.out]
+            mlp = layer.mlp
+            both = (mlp.experts, mlp.shared) if isinstance(mlp, Mixture) else (mlp,)
+            matrices += [matrix for part in both if part is not None for matrix in (part.up, part.down)]
+        return sum(matrix.size_bytes for matrix in matrices)
+
+
+class Program:
+    """The operations for steps of up to `rows` tokens and `wanted` logits, and the buffers that they use."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, pages: KvPages, *, rows: int, wanted: int) -> None:
+        self.rows, self.wanted = rows, wanted
+        self._config = config
+        self._weights = weights
+        self._pages = pages
+        self._kept: list[Any] = []  # what the operations point at
+        self._ops: list[list[int]] = []
+        self._rotary = _rotary(config)
+        self._query_scale = torch.tensor([config.head_dim**-0.5])
+        # Numbers of the step, at addresses that do not change.
+        self._last_rows = np.zeros(wanted, np.int32)
+        self.choices = config.experts_per_token if config.num_experts else 1
+        self._build()
+        self.ops: Longs = np.array([op + [0] * (WIDTH - len(op)) for op in self._ops], np.int64)
+
+    @property
+    def last_rows(self) -> NDArray[np.int32]:
+        """[O]: the tokens whose logits are wanted, to be filled in for each step."""
+        return self._last_rows
+
+    def _build(self) -> None:
+        config, weights, rows = self._config, self._weights, self.rows
+        table = weights.embedding
+        stream = self._buffer(rows, _up(config.hidden_size))
+        kind = Kind.FLOAT32 if table.dtype == torch.float32 else Kind.BFLOAT16
+        places = 0 if weights.places is None else self._at(weights.places)
+        self._add(Code.EMBED, TOKENS, kind, self._at(table), config.hidden_size, *stream.ends, places)
+        first = weights.layers[0] if weights.layers else None
+        width = max((m.inputs for layer in weights.layers for m in (layer.qkv, layer.out)), default=GROUP)
+        normed = self._input(rows, _up(config.hidden_size))
+        mixed = self._input(rows, max(width, _up(config.num_heads * config.head_dim)))
+        projected = self._buffer(rows, first.qkv.outputs if first else PANEL)
+        queries = self._buffer(rows * config.num_heads, config.head_dim)
+        for index, layer in enumerate(weights.layers):
+            self._normalise(TOKENS, layer.attention_norm, stream, normed, layer.qkv)
+            self._multiply(TOKENS, layer.qkv, normed, projected)
+            self._attend(index, layer, projected, queries, mixed)
+            if layer.out.is_quantised:
+                self._normalise(TOKENS, None, mixed.exact, mixed, layer.out)
+            self._multiply(TOKENS, layer.out, mixed, stream, add=True)
+            if isinstance(layer.mlp, Mixture):
+                self._mixture(layer.mlp, layer.mlp_norm, stream, normed)
+            else:
+                self._normalise(TOKENS, layer.mlp_norm, stream, normed, layer.mlp.up)
+                self._feedforward(TOKENS, layer.mlp, normed, stream, rows)
+        last = self._input(self.wanted, _up(config.hidden_size))
+        self.logits = self._buffer(self.wanted, weights.head.outputs)
+        self._normalise(WANTED, weights.norm, stream, last, weights.head, gather=self._last_rows.ctypes.data)
+        self._multiply(WANTED, weights.head, last, self.logits)
+
+    # ---- operations ------------------------------------------------------------------------------------------------
+
+    def _normalise(
+        self, which: int, norm: Norm | None, x: _Buffer, target: _Input, reader: Packed, *, gather: int = 0
+    ) -> None:
+        """`x` normalised (None: as it is) into `target`, as `reader` wants it."""
+        kind, weight, bias, eps = NormKind.NONE, 0, 0, 0
+        if norm is not None:
+            kind, weight, bias, eps = norm.kind, self._at(norm.weight), self._at(norm.bias), self._at(norm.eps)
+        else:
+            eps = self._query_scale.data_ptr()  # read and not used
+        size = self._config.hidden_size if norm is not None else x.width
+        self._add(
+            Code.NORM, which, kind, *x.ends, gather, size, weight, bias, eps, *target.exact.ends,
+            *target.quantised(reader),
+        )  # fmt: skip
+
+    def _multiply(
+        self, which: int, matrix: Packed, x: _Input, y: _Buffer, *, add: bool = False, offsets: int = 0
+    ) -> None:
+        source = x.codes if matrix.is_quantised else x.exact
+        stack = len(matrix.panels)
+        panels = matrix.outputs // PANEL
+        self._add(
+            Code.MULTIPLY, which, matrix.kind, *source.ends, self._at(matrix.panels), matrix.panels[0, 0].nbytes,
+            matrix.steps, panels, self._at(matrix.bias), *y.ends, int(add),
+            self._at(matrix.scales), matrix.scales[0, 0].nbytes if matrix.is_quantised else 0,
+            self._at(x.scales), self._at(x.sums), 4 * matrix.groups, 0,
+            stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes,
+        )  # fmt: skip
+
+    def _attend(self, index: int, layer: Layer, projected: _Buffer, queries: _Buffer, mixed: _Input) -> None:
+        config, pages = self._config, self._pages
+        keys, values = pages.keys[index], pages.values[index]
+        kind = Kind.FLOAT32 if keys.dtype == torch.float32 else Kind.BFLOAT16
+        group = config.num_heads // config.num_kv_heads
+        cos, sin, half = (0, 0, 0)
+        if self._rotary is not None:
+            cos, sin, half = self._at(self._rotary[0]), self._at(self._rotary[1]), self._rotary[0].shape[1]
+        norms = [0 if norm is None else self._at(norm.weight) for norm in (layer.query_norm, layer.key_norm)]
+        eps = self._query_scale if layer.query_norm is None else layer.query_norm.eps
+        heads = (config.num_kv_heads, group, config.head_dim)
+        where = (keys.data_ptr(), keys[0, 0].nbytes, values.data_ptr(), values[0, 0].nbytes, values[0, 0, 0].nbytes)
+        self._add(
+            Code.PLACE, TOKENS, *projected.ends, cos, sin, half, *heads, *norms, self._at(eps),
+            queries.address, kind, *where, self._at(self._query_scale),
+        )  # fmt: skip
+        window = config.attention.window or 0
+        self._add(
+            Code.ATTEND, TOKENS, queries.address, *heads, kind, *where, window, *mixed.exact.ends, values.shape[-1]
+        )
+
+    def _feedforward(
+        self, which: int, mlp: Feedforward, x: _Input, y: _Buffer, rows: int, *, offsets: int = 0, add: bool = True
+    ) -> None:
+        wide = self._buffer(rows, mlp.up.outputs)
+        narrow = self._input(rows, mlp.down.inputs)
+        size = mlp.up.outputs // (2 if mlp.gated else 1)
+        self._multiply(which, mlp.up, x, wide, offsets=offsets)
+        self._add(
+            Code.ACTIVATE, which, mlp.activation, *wide.ends, size, int(mlp.gated), *narrow.exact.ends,
+            *narrow.quantised(mlp.down),
+        )  # fmt: skip
+        self._multiply(which, mlp.down, narrow, y, add=add, offsets=offsets)
+
+    def _mixture(self, mixture: Mixture, norm: Norm, stream: _Buffer, normed: _Input) -> None:
+        rows, chosen = self.rows, mixture.chosen
+        first = mixture.shared.up if mixture.shared is not None else mixture.experts.up
+        self._normalise(TOKENS, norm, stream, normed, first)
+        scores = self._buffer(rows, mixture.router.outputs)
+        self._multiply(TOKENS, mixture.router, normed, scores)
+        weights, places, owners = (
+            self._keep(np.zeros(rows * chosen, kind)) for kind in (np.float32, np.int32, np.int32)
+        )
+        offsets = self._keep(np.zeros(mixture.num_experts + 1, np.int32))
+        bias = 0 if mixture.bias is None else self._at(mixture.bias)
+        self._add(Code.ROUTE, TOKENS, *scores.ends, mixture.num_experts, chosen, bias, weights, places, owners, offsets)
+        spread = self._input(rows * chosen, normed.exact.width)
+        self._normalise(CHOICES, None, normed.exact, spread, mixture.experts.up, gather=owners)
+        results = self._buffer(rows * chosen, mixture.experts.down.outputs)
+        self._feedforward(CHOICES, mixture.experts, spread, results, rows * chosen, offsets=offsets, add=False)
+        self._add(Code.COMBINE, TOKENS, *results.ends, chosen, weights, places, self._config.hidden_size, *stream.ends)
+        if mixture.shared is not None:
+            self._feedforward(TOKENS, mixture.shared, normed, stream, rows)
+
+    # ---- buffers ---------------------------------------------------------------------------------------------------
+
+    def _add(self, *numbers: int) -> None:
+        self._ops.append([int(number) for number in numbers])
+
+    def _at(self, tensor: Tensor | NDArray[Any]) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr() if isinstance(tensor, Tensor) else tensor.ctypes.data
+
+    def _keep(self, array: NDArray[Any]) -> int:
+        return self._at(array)
+
+    def _buffer(self, rows: int, width: int) -> _Buffer:
+        buffer = _Buffer(np.zeros((rows, width), np.float32))
+        self._kept.append(buffer)
+        return buffer
+
+    def _input(self, rows: int, width: int) -> _Input:
+        groups = width // GROUP
+        made = _Input(
+            self._buffer(rows, width),
+            _Buffer(np.zeros((rows, width), np.int8)),
+            np.zeros(rows, np.float32),
+            np.zeros((rows, groups), np.int32),
+        )
+        self._kept.append(made)
+        return made
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Rows of numbers."""
+
+    data: NDArray[Any]
+
+    @property
+    def address(self) -> int:
+        """Where they begin."""
+        return self.data.ctypes.data
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.data.shape[1]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Address, and bytes from row to row."""
+        return self.address, self.data.strides[0]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a product reads: float32 rows, and beside them the same as int8 with scales and sums of groups."""
+
+    exact: _Buffer
+    codes: _Buffer
+    scales: NDArray[np.float32]
+    sums: NDArray[np.int32]
+
+    def quantised(self, reader: Packed) -> Sequence[int]:
+        """The last arguments of an operation that writes this for `reader`."""
+        if not reader.is_quantised:
+            return (0,) * 7
+        vectors = reader.inputs // 16 // reader.groups
+        where = (self.scales.ctypes.data, self.sums.ctypes.data)
+        return (*self.codes.ends, *where, 4 * reader.groups, reader.groups, vectors)
+
+
+def _mlp(module: nn.Module, config: ModelConfig, kind: Kind) -> Feedforward | Mixture:
+    if isinstance(module, MixtureOfExperts):
+        experts = Feedforward(
+            pack(_gate_up(module.gate_up), kind), pack(module.down, kind), ACTIVATIONS.index("silu"), True
+        )
+        shared = None if module.shared is None else _gated(module.shared, kind)
+        steps = module.balance_steps
+        bias = None if steps is None else (steps * 1e-3).float().contiguous()
+        router = pack(module.router.weight, Kind.FLOAT32)
+        return Mixture(router, experts, shared, bias, module.num_experts, module.experts_per_token)
+    if isinstance(module, GatedMLP):
+        return _gated(module, kind)
+    assert isinstance(module, PlainMLP)
+    activation = ACTIVATIONS.index(config.layers.activation)
+    up, down = module.up, module.down
+    return Feedforward(pack(up.weight, kind, up.bias), pack(down.weight, kind, down.bias), activation, False)
+
+
+def _gated(module: GatedMLP, kind: Kind) -> Feedforward:
+    up = pack(_gate_up(module.gate_up.weight[None]), kind)
+    return Feedforward(up, pack(module.down.weight, kind), ACTIVATIONS.index("silu"), True)
+
+
+def _gate_up(weight_E2FD: Tensor) -> Tensor:
+    """[E, gate | up, D], each half padded so that it begins on a whole panel."""
+    rest = -weight_E2FD.shape[2] % PANEL
+    return nn.functional.pad(weight_E2FD.detach(), (0, 0, 0, rest)).flatten(1, 2)
+
+
+def _places(model: Decoder) -> Tensor | None:
+    config = model.config
+    if config.positions.kind not in ("learned", "sinusoidal"):
+        return None
+    places = torch.arange(config.max_positions)
+    with torch.inference_mode():
+        return _floats(model._position_vectors(places, torch.float32))
+
+
+def _rotary(config: ModelConfig) -> tuple[Tensor, Tensor] | None:
+    if config.positions.kind != "rope":
+        return None
+    table = RotaryTable(config.head_dim, config.max_positions, config.rope_theta, config.positions.scaling)
+    turned = table.prefix(config.max_positions, torch.device("cpu"), torch.float32)
+    return turned.cos[0, :, 0].contiguous(), turned.sin[0, :, 0].contiguous()
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous().clone()
+
+
+def _up(size: int) -> int:
+    return -(-size // PANEL) * PANEL

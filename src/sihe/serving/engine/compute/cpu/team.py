@@ -1,0 +1,227 @@
+"""A team of threads that computes programs: the caller and its helpers take chunks of one operation after another.
+
+Helpers sleep on a semaphore between steps and hold no Python lock while they work, so that whatever else runs in the
+process delays no step. An operation is done when its chunks are done, not when every thread has come: a helper that the
+system has put aside stops nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import Any
+
+import numpy as np
+from numba import carray, njit  # type: ignore[attr-defined]  # numba does not list its names
+from numpy.typing import NDArray
+
+from sihe.core.simd import add_atomic, int32_at, int64_at, load_atomic, post_semaphore, wait_semaphore, yield_core
+from sihe.serving.engine.compute.cpu.kernels import (
+    ROW_CHUNK,
+    STEP_WIDTH,
+    WIDTH,
+    activate,
+    adapt,
+    attend,
+    combine,
+    embed,
+    multiply_panels,
+    normalise,
+    place,
+    route,
+)
+
+Longs = NDArray[np.int64]
+_SPINS = 2000  # looks at a counter before the core is offered to others: some 20 µs
+_LINE = 8  # int64 of a cache line: counters that threads change lie on lines of their own
+_SEMAPHORE_BYTES = 64  # glibc's sem_t has 32, musl's 32
+_SCRATCH = 1 << 16  # float32 of one thread
+
+# Places in the team's shared numbers, each on a line of its own: what a run is given, and who has left it.
+_OPS, _COUNT, _STEP, _LEFT, _STOP, _COUNTERS, _THREADS, _RUN = (index * _LINE for index in range(8))
+_SHARED = 8 * _LINE
+
+
+@njit(nogil=True, cache=True)
+def _wait_until(address: int, value: int) -> None:
+    spins = 0
+    while load_atomic(address) < value:
+        spins += 1
+        if spins > _SPINS:
+            yield_core()
+
+
+@njit(nogil=True, error_model="numpy")
+def _rows_of(op: Any, step: Any) -> int:
+    """How many rows an operation has: of all tokens, of those whose logits are wanted, or of all choices of experts."""
+    if op[1] == 0:
+        return step[0]
+    if op[1] == 1:
+        return step[1]
+    return step[15]
+
+
+@njit(nogil=True, error_model="numpy")
+def _chunks_of(op: Any, step: Any, threads: int) -> int:
+    code = op[0]
+    if code == 2:
+        return max(1, op[19]) * _panel_chunks(op[8], threads)
+    if code == 4:
+        return step[11] * op[3]
+    if code == 6:
+        return 1
+    return (_rows_of(op, step) + ROW_CHUNK - 1) // ROW_CHUNK
+
+
+@njit(nogil=True, error_model="numpy")
+def _panel_chunks(panels: int, threads: int) -> int:
+    """Four chunks a thread: few enough to count, enough for a slow thread to take fewer."""
+    return min(panels, 4 * threads) if threads > 1 else 1
+
+
+@njit(nogil=True, error_model="numpy")
+def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
+    code = op[0]
+    if code == 2:
+        chunks = _panel_chunks(op[8], threads)
+        expert, part = chunk // chunks, chunk % chunks
+        first, last = op[8] * part // chunks, op[8] * (part + 1) // chunks
+        if op[19] == 0:
+            multiply_panels(op, first, last, 0, _rows_of(op, step))
+        else:
+            offsets = int32_at(op[20])
+            mine = op.copy()
+            mine[5] += expert * op[21]
+            mine[13] += expert * op[22]
+            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert])
+        return
+    if code == 4:
+        attend(op, step, chunk // op[3], chunk % op[3], scratch)
+        return
+    if code == 6:
+        route(op, step)
+        return
+    first = chunk * ROW_CHUNK
+    last = min(first + ROW_CHUNK, _rows_of(op, step))
+    if code == 0:
+        embed(op, step, first, last)
+    elif code == 1:
+        normalise(op, first, last)
+    elif code == 3:
+        place(op, step, first, last)
+    elif code == 5:
+        activate(op, first, last)
+    elif code == 7:
+        combine(op, first, last)
+    elif code == 8:
+        adapt(op, step, first, last, scratch)
+
+
+@njit(nogil=True, error_model="numpy")
+def _run(ops: Any, step: Any, counters: int, threads: int, scratch: int) -> None:
+    """One thread's part in a program. `counters` are two lines an operation: chunks taken, chunks done."""
+    for index in range(ops.shape[0]):
+        op = ops[index]
+        taken = counters + 16 * _LINE * index
+        done = taken + 8 * _LINE
+        chunks = _chunks_of(op, step, threads)
+        while True:
+            chunk = add_atomic(taken, 1)
+            if chunk >= chunks:
+                break
+            _do(op, step, chunk, threads, scratch)
+            add_atomic(done, 1)
+        _wait_until(done, chunks)
+
+
+@njit(nogil=True, cache=True)
+def _work(shared: int, semaphores: int, helpers: int, scratch: int) -> None:
+    """The caller's part in one program, where there are `helpers` to wake; else a helper's life until told to stop.
+
+    One function for both, because each function that calls the kernels is compiled with all of them.
+    """
+    given = int64_at(shared)
+    if helpers >= 0:
+        add_atomic(shared + 8 * _RUN, 1)
+        for helper in range(helpers):
+            post_semaphore(semaphores + helper * _SEMAPHORE_BYTES)
+    seen = 0
+    while True:
+        if helpers < 0:
+            while load_atomic(shared + 8 * _RUN) == seen:  # a signal can end the wait as well
+                wait_semaphore(semaphores)
+            seen += 1
+            if given[_STOP] != 0:
+                return
+        ops = carray(int64_at(given[_OPS]), (given[_COUNT], WIDTH))
+        step = carray(int64_at(given[_STEP]), (STEP_WIDTH,))
+        _run(ops, step, given[_COUNTERS], given[_THREADS], scratch)
+        if helpers >= 0:
+            return
+        add_atomic(shared + 8 * _LEFT, 1)
+
+
+class Team:
+    """`threads` threads, the caller one of them. One program at a time; `close` ends the helpers."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._shared: Longs = np.zeros(_SHARED, np.int64)
+        self._counters: Longs = np.zeros(0, np.int64)
+        self._scratch = [np.zeros(_SCRATCH, np.float32) for _ in range(threads)]
+        self._semaphores = np.zeros(_SEMAPHORE_BYTES * threads, np.uint8)
+        self._runs = 0
+        self._held: tuple[Longs, Longs] | None = None
+        libc = ctypes.CDLL(None, use_errno=True)
+        for helper in range(threads - 1):
+            if libc.sem_init(ctypes.c_void_p(self._semaphore(helper)), 0, 0):
+                raise OSError(ctypes.get_errno(), "no semaphore for a thread of the engine")
+        self._helpers = [
+            threading.Thread(target=self._live, args=(helper,), name=f"engine helper {helper}", daemon=True)
+            for helper in range(threads - 1)
+        ]
+        for thread in self._helpers:
+            thread.start()
+
+    def run(self, ops: Longs, step: Longs) -> None:
+        """Computes the operations of `ops` [n, WIDTH] in order, with what `step` says of this step."""
+        self._wait_for_helpers()  # of the step before, which may still be on their way out
+        lines = 2 * _LINE * len(ops)
+        if len(self._counters) < lines:
+            self._counters = np.zeros(lines, np.int64)
+        self._counters.fill(0)
+        self._held = (ops, step)  # a helper that comes late still reads them when this call has returned
+        shared = self._shared
+        shared[_OPS], shared[_COUNT], shared[_STEP] = ops.ctypes.data, len(ops), step.ctypes.data
+        shared[_COUNTERS], shared[_THREADS], shared[_LEFT] = self._counters.ctypes.data, self.threads, 0
+        self._runs += 1
+        _work(shared.ctypes.data, self._semaphores.ctypes.data, self.threads - 1, self._scratch[0].ctypes.data)
+
+    def close(self) -> None:
+        """Ends the helpers. Safe to call again."""
+        if not self._helpers:
+            return
+        self._wait_for_helpers()
+        self._shared[_STOP] = 1
+        libc = ctypes.CDLL(None)
+        self._shared[_RUN] += 1
+        for helper, thread in enumerate(self._helpers):
+            libc.sem_post(ctypes.c_void_p(self._semaphore(helper)))
+            thread.join()
+        self._helpers = []
+
+    def _wait_for_helpers(self) -> None:
+        if self._runs:
+            _wait_until(self._shared.ctypes.data + 8 * _LEFT, self.threads - 1)
+
+    def _semaphore(self, helper: int) -> int:
+        return self._semaphores.ctypes.data + helper * _SEMAPHORE_BYTES
+
+    def _live(self, helper: int) -> None:
+        _work(self._shared.ctypes.data, self._semaphore(helper), -1, self._scratch[helper + 1].ctypes.data)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

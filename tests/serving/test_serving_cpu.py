@@ -1,0 +1,185 @@
+"""The CPU's kernels against the decoder itself, and against themselves: the same bits in any company."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from sihe.core.errors import InternalError
+from sihe.models.architecture import AttentionConfig, LayerConfig, PositionConfig, RopeScaling
+from sihe.models.config import ModelConfig
+from sihe.models.decoder import Decoder
+from sihe.serving.engine.compute.cpu.compute import CpuCompute
+from sihe.serving.engine.compute.cpu.kernels import Kind
+from sihe.serving.engine.compute.cpu.support import WeightKind
+from sihe.serving.engine.compute.cpu.weights import pack, unpack
+from sihe.serving.engine.compute.step import Feed, Step
+from sihe.serving.engine.kv.storage import KvPages, blocks_of
+
+LLAMA = ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=80,
+    max_positions=256,
+    tie_embeddings=False,
+)
+
+
+def like(**changes: object) -> ModelConfig:
+    return ModelConfig(**{**LLAMA.__dict__, **changes})  # type: ignore[arg-type]
+
+
+GPT2 = like(
+    num_kv_heads=6,
+    attention=AttentionConfig(qkv_bias=True, out_bias=True),
+    positions=PositionConfig(kind="learned"),
+    layers=LayerConfig(norm="layer", gated=False, activation="gelu_tanh", mlp_bias=True),
+    tie_embeddings=True,
+)
+MODELS = {
+    "llama": LLAMA,
+    "multi-head": like(num_kv_heads=6),
+    "multi-query": like(num_heads=14, num_kv_heads=1),
+    "wide heads": like(num_heads=2, num_kv_heads=1, head_dim=72),
+    "qwen2": like(attention=AttentionConfig(qkv_bias=True)),
+    "qwen3": like(attention=AttentionConfig(qk_norm=True), head_dim=16),
+    "window": like(attention=AttentionConfig(window=7)),
+    "long window": like(attention=AttentionConfig(window=70)),
+    "scaled": like(positions=PositionConfig(scaling=RopeScaling("llama3", 8.0, 32))),
+    "gpt2": GPT2,
+    "relu": like(layers=LayerConfig(norm="layer", gated=False, activation="relu")),
+    "gelu": like(layers=LayerConfig(norm="rms", gated=False, activation="gelu")),
+    "sinusoidal": like(positions=PositionConfig(kind="sinusoidal")),
+    "mixtral": like(num_experts=5, experts_per_token=2, expert_intermediate_size=40),
+    "shared expert": like(
+        num_experts=4, experts_per_token=3, expert_intermediate_size=24, shared_expert_size=40, router_balance="bias"
+    ),
+}
+
+
+def decoder(config: ModelConfig) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.copy_(weight * 3 if weight.ndim > 1 else weight + torch.randn_like(weight) * 0.1)
+        del name
+    return model
+
+
+@contextmanager
+def computing(model: Decoder, kind: WeightKind = "float32", threads: int = 2, blocks: int = 40) -> Iterator[CpuCompute]:
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    compute = CpuCompute(
+        copy.deepcopy(model), KvPages(model.config, num_blocks=blocks, dtype=dtype), kind, threads=threads
+    )
+    try:
+        yield compute
+    finally:
+        compute.close()
+
+
+def fed(compute: CpuCompute, tokens: Sequence[int], blocks: Sequence[int], cuts: Sequence[int] = ()) -> torch.Tensor:
+    """Logits of every token when they are fed in the chunks that `cuts` end."""
+    logits, start = [], 0
+    for end in (*cuts, len(tokens)):
+        feed = Feed(tokens[start:end], start, blocks[: blocks_of(end)], num_logits=end - start)
+        logits.append(compute.forward(Step.of([feed])).clone())
+        start = end
+    return torch.cat(logits)
+
+
+def some_tokens(length: int) -> list[int]:
+    return torch.randint(97, (length,)).tolist()
+
+
+BLOCKS = [7, 2, 11, 0, 5, 9, 1, 14, 3]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_decoders(name: str) -> None:
+    model, tokens = decoder(MODELS[name]), some_tokens(140)
+    with torch.inference_mode(), computing(model) as compute:
+        expected = model(torch.tensor([tokens]))[0]
+        torch.testing.assert_close(fed(compute, tokens, BLOCKS), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "window", "multi-query"])
+def test_a_token_has_the_same_bits_in_any_company(name: str, kind: WeightKind) -> None:
+    model, tokens = decoder(MODELS[name]), some_tokens(140)
+    with computing(model, kind) as compute:
+        whole = fed(compute, tokens, BLOCKS)
+        assert torch.equal(fed(compute, tokens, BLOCKS, [1, 2, 19, 64, 100, 139]), whole)
+        assert torch.equal(fed(compute, tokens, [30, *BLOCKS[1:]], list(range(1, 140))), whole)
+        # Beside others: 13 sequences decode, one reads its prompt, and one proposes three tokens.
+        others = [some_tokens(20 + 3 * row) for row in range(3)]
+        feeds = [Feed(other[:-1], 0, [20 + 4 * row + i for i in range(4)], 0) for row, other in enumerate(others)]
+        compute.forward(Step.of(feeds))
+        feeds = [
+            Feed(other[-1:], len(other) - 1, [20 + 4 * row + i for i in range(4)]) for row, other in enumerate(others)
+        ]
+        own = Feed(tokens[130:134], 130, np.array(BLOCKS, np.int32), num_logits=4)
+        prompt = Feed(some_tokens(33), 0, [34, 35, 36])
+        beside = compute.forward(Step.of([feeds[0], own, *feeds[1:], prompt]))
+        assert torch.equal(beside[1:5], whole[130:134])
+    with computing(model, kind, threads=1) as alone:
+        assert torch.equal(fed(alone, tokens, BLOCKS), whole)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("shape", [(64, 96), (70, 45), (3, 40, 33)])
+def test_packed_weights_stand_for_the_matrix(kind: Kind, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(shape)
+    packed = pack(weight, kind)
+    restored = unpack(packed)[:, : shape[-2], : shape[-1]].reshape(shape)
+    step = {Kind.FLOAT32: 0.0, Kind.BFLOAT16: 2.0**-8, Kind.INT8: 1 / 127, Kind.INT4: 1 / 7}[kind]
+    assert (restored - weight).abs().max() <= step * weight.abs().max()
+    assert not unpack(packed)[:, shape[-2] :].any()
+    if kind is Kind.INT4:  # about 0.1 is what round-to-nearest in groups of 32 gives on a normal matrix
+        assert (restored - weight).norm() / weight.norm() < 0.1
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("bfloat16", 0.02), ("int8", 0.04), ("int4", 0.3)])
+def test_fewer_bits_stay_near(kind: WeightKind, tolerance: float) -> None:
+    model, tokens = decoder(LLAMA), some_tokens(60)
+    with torch.inference_mode(), computing(model, kind) as compute:
+        expected = model(torch.tensor([tokens]))[0]
+        got = fed(compute, tokens, BLOCKS)
+    assert (got - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("place", ["embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.mlp.down.weight"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_a_weight_that_is_not_finite_is_seen_in_the_logits(place: str, kind: WeightKind) -> None:
+    model = decoder(LLAMA)
+    model.get_parameter(place).view(-1)[5] = torch.nan
+    with computing(model, kind) as compute:
+        assert not torch.isfinite(fed(compute, [0, 1, 2, 3], BLOCKS)[-1]).any()
+
+
+def test_what_lies_behind_a_sequence_is_not_read() -> None:
+    model, tokens = decoder(LLAMA), some_tokens(21)
+    with computing(model) as compute:
+        expected = fed(compute, tokens, [0, 1])
+        compute._pages.keys.fill_(torch.nan)
+        compute._pages.values.fill_(torch.nan)
+        assert torch.equal(fed(compute, tokens, [0, 1], [3, 20]), expected)
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [Feed([97], 0, [0]), Feed([-1], 0, [0]), Feed([1], 0, [40]), Feed([1], 16, [0]), Feed([1], 256, list(range(17)))],
+)
+def test_a_step_that_points_outside_is_refused(feed: Feed) -> None:
+    with computing(decoder(LLAMA)) as compute, pytest.raises(InternalError, match="not there"):
+        compute.forward(Step.of([feed]))
