@@ -134,6 +134,10 @@ class Scheduler:
         """Sequences in the batch."""
         return len(self._running)
 
+    def decoding(self) -> list[int]:
+        """The sequences that lack one token: they decode in the next step, unless memory runs out."""
+        return [entry.place.id for entry in self._running if entry.pending == 1]
+
     def add(
         self, id: int, length: int, table: BlockTable, *, priority: int = 0, tenant: str = "", reuse: bool = True
     ) -> None:

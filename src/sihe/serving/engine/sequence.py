@@ -9,6 +9,7 @@ from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockTable, chain
 from sihe.serving.engine.ports import Outcome, RequestStats
 from sihe.serving.engine.sampler import Scored
+from sihe.serving.engine.speculation import PromptIndex
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest, Usage
 
@@ -31,6 +32,7 @@ class Sequence:
     scored: list[Scored] = field(
         default_factory=list
     )  # the prompt's tokens from the second on, where they are asked for
+    index: PromptIndex | None = None  # where its tokens came before, if proposals are looked up
     cached_tokens: int = 0  # of the prompt, found in the cache
     admitted_s: float | None = None
     first_token_s: float | None = None

@@ -44,17 +44,23 @@ class ModelTokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         return cls(tokenizer, config, stop_ids=_stop_ids(folder, tokenizer, config), folder=folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the model's post-processor adds."""
-        return _ids(self._tokenizer, text, add_special_tokens=True)
+    def has_tokens_of(self, other: ModelTokenizer) -> bool:
+        """Whether both give every id the same token."""
+        ours: dict[str, int] = self._tokenizer.get_vocab()
+        theirs: dict[str, int] = other._tokenizer.get_vocab()
+        return ours == theirs
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`, with the `special` tokens that the model's post-processor adds, or without."""
+        return _ids(self._tokenizer, text, add_special_tokens=special)
 
     def encode_chat(self, request: GenerationRequest) -> list[int]:
         """Token ids of a conversation, rendered up to where the assistant speaks. The template adds what is special."""
         return _ids(self._tokenizer, self.templates.render(request), add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of `ids`, with or without `special` tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def token_text(self, id: int) -> str:

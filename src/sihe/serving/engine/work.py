@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from sihe.serving.engine.compute.step import Feed
 from sihe.serving.engine.sampler import Draw, Sampled, Scored, sample, score
 from sihe.serving.engine.scheduler import Chunk
 from sihe.serving.engine.sequence import Sequence
-from sihe.serving.engine.speculation import Proposal, agree, verify
+from sihe.serving.engine.speculation import NOTHING, Proposal, agree, verify
 
 
 class Forward(Protocol):
@@ -38,10 +39,15 @@ class Work:
     draws: tuple[Draw, ...] = ()
     targets: tuple[int, ...] = ()
     top: int = 0  # likeliest tokens that are reported beside each target
-    proposal: Proposal = Proposal()
+    proposal: Proposal = NOTHING
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether its proposal was drawn, and is judged by what it was drawn from."""
+        return self.proposal.probabilities is not None
 
     @classmethod
-    def of(cls, sequence: Sequence, chunk: Chunk, proposal: Proposal = Proposal()) -> Work:
+    def of(cls, sequence: Sequence, chunk: Chunk, proposal: Proposal = NOTHING) -> Work:
         """The work that `chunk` plans for `sequence`, with the tokens that are proposed to come next."""
         end = chunk.start + chunk.length
         draws = sequence.answer.draws(proposal.tokens) if chunk.last and sequence.remaining > 0 else ()
@@ -66,20 +72,30 @@ class Result:
 def compute(runner: Forward, works: Items[Work]) -> list[Result]:
     """Feeds the step's tokens in one pass. Positions are rewritten from their start: it can be computed again."""
     logits_OV = runner.forward([work.feed for work in works])
-    drawn: list[int] = []
-    scored: list[tuple[Scored, ...]] = []
-    at = 0
-    for work in works:
-        end = at + work.feed.num_logits
-        drawn.extend(range(end - len(work.draws), end))
-        targets = work.targets
-        scored.append(tuple(score(logits_OV[at : at + len(targets)], targets, work.top)) if targets else ())
-        at = end
-    draws = [draw for work in works for draw in work.draws]
-    rows_BV = (
-        logits_OV if len(draws) == at else logits_OV[torch.tensor(drawn, dtype=torch.int64, device=logits_OV.device)]
-    )
-    sampled = iter(sample(rows_BV, draws) if draws else ())
-    return [
-        Result(tuple(next(sampled) for _ in work.draws), scores) for work, scores in zip(works, scored, strict=True)
-    ]
+    ends = list(accumulate(work.feed.num_logits for work in works))
+    chosen = iter(_choose(logits_OV, works, ends))
+    results: list[Result] = []
+    for work, end in zip(works, ends, strict=True):
+        first = end - work.feed.num_logits
+        scored = score(logits_OV[first : first + len(work.targets)], work.targets, work.top) if work.targets else ()
+        if work.is_verified:
+            sampled = verify(logits_OV[end - len(work.draws) : end], work.draws, work.proposal)
+        else:
+            sampled = agree([next(chosen) for _ in work.draws], work.proposal.tokens)
+        results.append(Result(sampled, tuple(scored)))
+    return results
+
+
+def _choose(logits_OV: Tensor, works: Items[Work], ends: Items[int]) -> list[Sampled]:
+    """The model's own choice for each draw of those whose proposals are compared with it: one pass for all."""
+    rows: list[int] = []
+    draws: list[Draw] = []
+    for work, end in zip(works, ends, strict=True):
+        if not work.is_verified:
+            rows.extend(range(end - len(work.draws), end))
+            draws.extend(work.draws)
+    if not draws:
+        return []
+    if len(rows) == len(logits_OV):
+        return sample(logits_OV, draws)
+    return sample(logits_OV[torch.tensor(rows, device=logits_OV.device)], draws)
