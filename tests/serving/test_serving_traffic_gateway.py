@@ -40,6 +40,7 @@ def until(gateway: Gateway, holds: Callable[[], bool]) -> None:
     for _ in range(1000):
         gateway.notify()
         if holds():
+            gateway.notify()  # what was seen just now is also measured from here on
             return
         threading.Event().wait(0.01)
     raise AssertionError("it did not come to hold")

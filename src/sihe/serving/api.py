@@ -13,38 +13,43 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from sihe.core.errors import NotFound, SiheError
 from sihe.core.http import status_of
 from sihe.core.telemetry import logger
 from sihe.serving.bodies import read_body, request_id
+from sihe.serving.deployments_api import add_deployments
 from sihe.serving.encoding_api import add_encoding
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.types import DeploymentStatus
 from sihe.serving.generation_api import REQUEST_HEADER, add_generation
+from sihe.serving.ports import ContentGuard
 from sihe.serving.predictive import api as predictive
 from sihe.serving.protocol import error_body
 from sihe.serving.tenants.access import Access
 from sihe.serving.tenants.api import router as tenants_api
 from sihe.serving.tenants.http import admit, caller_of, require_caller
+from sihe.serving.tokenize_api import PATHS as TOKENIZE_PATHS
+from sihe.serving.tokenize_api import add_tokenizing
 
 _log = logger("serving")
 _Handler = Callable[[Request, Exception], Response | Awaitable[Response]]
 
 
-def router(gateway: Gateway, access: Access | None = None) -> APIRouter:
+def router(gateway: Gateway, access: Access | None = None, guard: ContentGuard | None = None) -> APIRouter:
     """Every route of serving. Install the errors' form with `install_errors` on the application.
 
-    Who hands in the `access` closes it after the last request; one that is made here writes usage at exit.
+    Who hands in the `access` closes it after the last request; one that is made here writes usage at exit. A `guard`
+    judges what is asked and answered.
     """
     access = access or Access(gateway.workspace)
     routes = APIRouter(dependencies=[Depends(require_caller(access))])
     _add_models(routes, gateway)
-    add_generation(routes, gateway)
+    add_generation(routes, gateway, guard)
     add_encoding(routes, gateway, read_body)
-    _add_deployments(routes, gateway)
+    add_tokenizing(routes, gateway)
+    add_deployments(routes, gateway)
     routes.include_router(predictive.router(gateway, admit=partial(admit, prompt_tokens=0)))
     routes.include_router(tenants_api(access))
     return routes
@@ -93,55 +98,6 @@ def _model(status: DeploymentStatus, gateway: Gateway) -> dict[str, Any]:
     }
 
 
-# ---- /api ----------------------------------------------------------------------------------------------------------
-
-
-class DeployBody(BaseModel):
-    """POST /api/deployments."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    target: str = Field(description="model@alias, model@3, or model for its newest version")
-    settings: dict[str, Any] = Field(default_factory=dict, description="what differs from the defaults of its kind")
-
-
-class AliasBody(BaseModel):
-    """POST /api/models/{name}/aliases/{alias}."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    version: int = Field(ge=1)
-
-
-def _add_deployments(routes: APIRouter, gateway: Gateway) -> None:
-    @routes.get("/api/deployments", tags=["deployments"])
-    def list_deployments() -> list[DeploymentStatus]:
-        """Every deployment with its state, version and error."""
-        return gateway.list()
-
-    @routes.get("/api/deployments/{name}", tags=["deployments"])
-    def get_deployment(name: str) -> DeploymentStatus:
-        """One deployment."""
-        return gateway.status(name)
-
-    @routes.post("/api/deployments", status_code=201, tags=["deployments"])
-    def create_deployment(body: DeployBody) -> DeploymentStatus:
-        """Deploys, or changes what a deployment follows."""
-        return gateway.deploy(body.name, body.target, settings=body.settings)
-
-    @routes.delete("/api/deployments/{name}", status_code=204, tags=["deployments"])
-    def remove_deployment(name: str) -> None:
-        """Drains and frees a deployment."""
-        gateway.remove(name)
-
-    @routes.post("/api/models/{name}/aliases/{alias}", tags=["deployments"])
-    def move_alias(name: str, alias: str, body: AliasBody) -> dict[str, Any]:
-        """Points an alias at a version; deployments that follow it swap."""
-        version = gateway.move_alias(name, alias, body.version)
-        return {"model": version.name, "alias": alias, "version": version.version}
-
-
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +105,7 @@ def _error_handler(otherwise: _Handler | None) -> _Handler:
     async def handle(request: Request, error: Exception) -> Response:
         if request.url.path.startswith(f"{predictive.PREFIX}/") or request.url.path == predictive.PREFIX:
             return predictive.error_response(error)
-        if not request.url.path.startswith("/v1/"):
+        if not request.url.path.startswith("/v1/") and request.url.path not in TOKENIZE_PATHS:
             if otherwise is None:
                 return _plain_error(error)
             answer = otherwise(request, error)

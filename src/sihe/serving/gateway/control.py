@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from sihe.core.errors import InvalidInput, NotFound
 from sihe.core.ids import new_id
 from sihe.core.workspace import Workspace
 from sihe.serving.errors import NotReady
-from sihe.serving.gateway.live import LiveDeployment
-from sihe.serving.gateway.settings import ModelSettings
+from sihe.serving.gateway.live import LiveDeployment, feedback_name
+from sihe.serving.gateway.settings import ModelSettings, settings_for
 from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic import request_log
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
@@ -50,15 +51,21 @@ class TrafficControl:
         return self._deployments.get(name).traffic
 
     def set_arm(
-        self, name: str, arm: str, target: str, weight: float, *, settings: ModelSettings | None = None
+        self,
+        name: str,
+        arm: str,
+        target: str,
+        weight: float,
+        *,
+        settings: ModelSettings | Mapping[str, Any] | None = None,
     ) -> TrafficPolicy:
         """Gives an arm, new or not, a target and its share of requests; the rest is the stable arm's.
 
         Raises `NotFound`, and `InvalidInput` where weights exceed 1 or the arm is a rollout's.
         """
-        model, selector = self._target(target)
+        made = Arm(arm, *self._target(target), weight, self._settings(target, settings))
         self._refuse_canary(name, arm)
-        return self._change(name, lambda policy: policy.with_arm(Arm(arm, model, selector, weight, settings)))
+        return self._change(name, lambda policy: policy.with_arm(made))
 
     def remove_arm(self, name: str, arm: str) -> TrafficPolicy:
         """Takes an arm, or the `shadow`, away; what it has begun it finishes. Raises `NotFound`."""
@@ -98,7 +105,7 @@ class TrafficControl:
         plan: Plan | None = None,
         *,
         arm: str = CANARY,
-        settings: ModelSettings | None = None,
+        settings: ModelSettings | Mapping[str, Any] | None = None,
     ) -> Rollout:
         """Begins to bring the version behind `target` in, step by step. The version is fixed now, whatever moves later.
 
@@ -112,7 +119,7 @@ class TrafficControl:
             arm=arm,
             model=version.name,
             version=version.version,
-            settings=settings,
+            settings=self._settings(target, settings),
             plan=plan or Plan(),
             state=RolloutState.RUNNING,
             step=0,
@@ -181,8 +188,8 @@ class TrafficControl:
             raise NotFound("measurement of", name, hint="nothing was asked of it yet")
         return found.report()
 
-    def feedback(self, name: str, request_id: str, values: Mapping[str, float]) -> str:
-        """Takes in what a client says of an answer; the arm that gave it.
+    def feedback(self, name: str, request_id: str, values: Mapping[str, float], *, tenant: str = "") -> str:
+        """Takes in what a client of `tenant` says of an answer to it; the arm that gave it.
 
         Raises `NotFound`, `NotReady` where another process serves, `AlreadyExists`, `InvalidInput`.
         """
@@ -190,7 +197,7 @@ class TrafficControl:
         if live is None:
             self._deployments.get(name)
             raise NotReady(name, "this process does not serve it: send feedback to the one that does")
-        return live.experiment.feedback(request_id, values)
+        return live.experiment.feedback(feedback_name(request_id, tenant), values)
 
     def shadow(self, name: str) -> ShadowReport | None:
         """What copies have shown since the serving process began to make them; None without a shadow, or elsewhere."""
@@ -207,6 +214,10 @@ class TrafficControl:
         self._workspace.tracking.resolve(target)
         model, _, selector = target.partition("@")
         return model, selector
+
+    def _settings(self, target: str, given: ModelSettings | Mapping[str, Any] | None) -> ModelSettings | None:
+        """Settings of its own; None where it has the stable arm's."""
+        return settings_for(self._workspace.tracking.resolve(target), given) if given is not None else None
 
     def _refuse_canary(self, name: str, arm: str) -> None:
         rollout = self._rollouts.active().get(name)

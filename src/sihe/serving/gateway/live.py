@@ -15,7 +15,7 @@ from sihe.core.errors import Busy, UserError
 from sihe.core.ids import new_id
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
-from sihe.serving.engine.stream import GenerationStream, Heard
+from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NotReady
 from sihe.serving.gateway.replicas.ports import Load
@@ -126,6 +126,7 @@ class LiveDeployment:
         route = self._routes.get(passage.arm)
         if route is None or not route.is_ready:
             return self._instead(passage)
+        started_s = self._clock.monotonic_s()
         try:
             first = self._start(passage, route)
         except (NotReady, Busy):
@@ -136,8 +137,9 @@ class LiveDeployment:
             self._log.warning("arm_failed", arm=passage.arm, error=repr(error))
             self._end(passage, "", Outcome("failed", None, repr(error), 0, 0, None, 0.0))
             return self._instead(passage)
+        self._watch(passage, first, started_s=started_s)
         handover = Handover(first, lambda: self._instead(passage))
-        self._watch(passage, first, heard_too=handover)
+        first.watch(handover.hear)
         return handover.answer
 
     def _on_stable(self, passage: _Passage) -> GenerationStream:
@@ -168,15 +170,9 @@ class LiveDeployment:
         stream.arm = passage.arm
         return stream
 
-    def _watch(
-        self,
-        passage: _Passage,
-        stream: GenerationStream,
-        *,
-        started_s: float | None = None,
-        heard_too: Handover | None = None,
-    ) -> None:
-        cluster = passage.experiment.begin(passage.caller.request_id, passage.arm, passage.key)
+    def _watch(self, passage: _Passage, stream: GenerationStream, *, started_s: float) -> None:
+        name = feedback_name(passage.caller.request_id, passage.request.tenant)
+        cluster = passage.experiment.begin(name, passage.arm, passage.key)
 
         def end(outcome: Outcome) -> None:
             try:
@@ -190,19 +186,11 @@ class LiveDeployment:
 
         observe = Observation(
             self._clock,
-            self._clock.monotonic_s() if started_s is None else started_s,
+            started_s,
             end,
             keeps_text=passage.is_logged or passage.is_copied,
         )
-        if heard_too is None:
-            stream.watch(observe)
-            return
-
-        def both(heard: Heard) -> None:
-            observe(heard)
-            heard_too.hear(heard)
-
-        stream.watch(both)
+        stream.watch(observe)
 
     def _end(self, passage: _Passage, served_by: str, outcome: Outcome) -> None:
         metrics, labels = self._metrics, (self.name, passage.arm)
@@ -383,6 +371,11 @@ class LiveDeployment:
             self._shadow.close()
         for arm in sorted(self._routes, key=lambda arm: arm == STABLE):
             self._routes[arm].close(drain=drain, timeout_s=timeout_s)
+
+
+def feedback_name(request_id: str, tenant: str) -> str:
+    """Under which a request waits for feedback: clients choose ids, and a tenant must not reach another's."""
+    return f"{tenant}/{request_id}"
 
 
 def _wants(deployment: Deployment, rollout: Rollout | None) -> dict[str, Deployment]:

@@ -144,12 +144,14 @@ class Experiment:
             if ended is None:
                 raise NotFound(
                     "request",
-                    request_id,
+                    request_id.rpartition("/")[2],
                     hint=f"feedback is taken for the last {MAX_RECENT} requests since arms or weights last changed",
                 )
             for metric in values:
                 if metric in ended.given:
-                    raise AlreadyExists("feedback", f"{request_id} {metric}", hint="each answer is judged once")
+                    raise AlreadyExists(
+                        "feedback", f"{request_id.rpartition('/')[2]} {metric}", hint="each answer is judged once"
+                    )
             for metric, value in values.items():
                 self._arms[ended.arm].add(metric, value, ended.cluster)
                 ended.given.add(metric)
