@@ -216,3 +216,13 @@ def test_a_prompt_may_fill_the_context_where_nothing_is_generated(served: Engine
         answer(served, prompt=full, max_tokens=1)
     with pytest.raises(InvalidInput):
         GenerationRequest(prompt=full, max_tokens=0)
+
+
+def test_an_open_end_is_no_text(tmp_path: Path) -> None:
+    """A model without an end-of-sequence token, under a constraint that could go on."""
+    made = tiny_model(tmp_path / "endless", config=tiny_config(eos=False))
+    with Engine.load(made, EngineConfig(max_batch_size=2, token_budget=24)) as endless:
+        for seed in range(4):
+            found = answer(endless, constraint=Constraint("regex", "[ab]+"), temperature=2.0, seed=seed, max_tokens=60)
+            assert found.text
+            assert set(found.text) <= {"a", "b"}

@@ -78,7 +78,7 @@ def test_whatever_the_masks_allow_obeys_the_schema(compiler: GrammarCompiler, se
     Draft202012Validator(SCHEMA).validate(json.loads(tiny_tokenizer().decode(tokens)))
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters='"\\', min_codepoint=32), max_size=6)
+names = st.text(st.characters(codec="utf-8", exclude_characters='"\\', exclude_categories=["Cc", "Cs"]), max_size=6)
 
 
 @given(st.fixed_dictionaries({"name": names, "age": st.integers(0, 150), "kind": st.sampled_from(["a", "bc", "你"])}))

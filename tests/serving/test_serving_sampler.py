@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sihe.serving.engine.history import TokenHistory
-from sihe.serving.engine.sampler import Draw, fork_seed, probabilities, sample, score, uniform
+from sihe.serving.engine.sampler import Draw, probabilities, sample, score
+from sihe.serving.engine.seeds import fork_seed, uniform
 
 VOCABULARY = 40
 # Upper 0.1 % points of the chi-square distribution by degrees of freedom (Abramowitz & Stegun, table 26.8).

@@ -23,12 +23,14 @@ from sihe.core.telemetry import logger
 from sihe.serving.bodies import read_body, request_id
 from sihe.serving.choices import Choices
 from sihe.serving.chunks import DONE, Answer, Kind, error_chunk, total
-from sihe.serving.engine.sampler import fork_seed
+from sihe.serving.engine.seeds import fork_seed
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import Generation, GenerationRequest, Usage
 from sihe.serving.errors import NotReady, StreamClosed
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.traffic.types import Caller
+from sihe.serving.guarded import guarded, judge_prompts
+from sihe.serving.ports import ContentGuard, GuardContext
 from sihe.serving.protocol import ChatRequest, CompletionRequest, error_body, parse
 from sihe.serving.tenants.access import Admission
 from sihe.serving.tenants.http import access_of, caller_of
@@ -45,30 +47,34 @@ _log = logger("serving")
 _Body = CompletionRequest | ChatRequest
 
 
-def add_generation(routes: APIRouter, gateway: Gateway) -> None:
-    """Adds the two routes. The application installs the errors' form."""
+def add_generation(routes: APIRouter, gateway: Gateway, guard: ContentGuard | None = None) -> None:
+    """Adds the two routes. The application installs the errors' form; a `guard` judges prompts and answers."""
 
     @routes.post("/v1/completions", tags=["openai"], openapi_extra=_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Completes prompts."""
         body = parse(CompletionRequest, await read_body(request))
-        return await _generate(request, gateway, body, "text_completion")
+        return await _generate(request, gateway, guard, body, "text_completion")
 
     @routes.post("/v1/chat/completions", tags=["openai"], openapi_extra=_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation."""
         body = parse(ChatRequest, await read_body(request))
-        return await _generate(request, gateway, body, "chat.completion")
+        return await _generate(request, gateway, guard, body, "chat.completion")
 
 
-async def _generate(request: Request, gateway: Gateway, body: _Body, kind: Kind) -> Response:
+async def _generate(
+    request: Request, gateway: Gateway, guard: ContentGuard | None, body: _Body, kind: Kind
+) -> Response:
     wanted = body.to_generations()
+    context = GuardContext(caller_of(request).tenant.name, body.model)
     watch: asyncio.Task[None] | None = None
     choices = Choices(())
     began = False
     try:
         for tries_left in reversed(range(_VERSION_TRIES)):
-            admission, choices = await run_in_threadpool(_start, request, gateway, body, wanted)
+            admission, streams = await run_in_threadpool(_start, request, gateway, body, wanted, guard, context)
+            choices = Choices([guarded(stream, guard, context) for stream in streams])
             if watch is not None:
                 watch.cancel()
             watch = asyncio.create_task(_close_when_gone(request.receive, choices))
@@ -104,8 +110,13 @@ async def _generate(request: Request, gateway: Gateway, body: _Body, kind: Kind)
 
 
 def _start(
-    request: Request, gateway: Gateway, body: _Body, wanted: list[GenerationRequest]
-) -> tuple[Admission, Choices]:
+    request: Request,
+    gateway: Gateway,
+    body: _Body,
+    wanted: list[GenerationRequest],
+    guard: ContentGuard | None,
+    context: GuardContext,
+) -> tuple[Admission, list[GenerationStream]]:
     """Begins every answer to every prompt, all or none; all of them are one request to the gateway."""
     count = body.num_candidates
     sender = Caller(request_id(request), body.user or request.headers.get(SESSION_HEADER))
@@ -122,8 +133,11 @@ def _start(
             raise
         return streams
 
-    admission, streams = start(access_of(request), caller_of(request), body.model, wanted, begin, answers=count)
-    return admission, Choices(streams)
+    def judge() -> None:
+        if guard is not None:
+            judge_prompts(guard, wanted, context)
+
+    return start(access_of(request), caller_of(request), body.model, wanted, begin, answers=count, judge=judge)
 
 
 def _by_prompt(usages: list[Usage], prompts: int) -> list[list[Usage]]:

@@ -7,7 +7,7 @@ change the answer and are not supported are refused by name: an answer that igno
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
@@ -54,8 +54,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (None,),
     "documents": (None, []),
 }
-_ONLY_CHAT = ("tools", "tool_choice")
-_ONLY_COMPLETIONS = ("echo", "best_of")
+_ONLY_CHAT: Mapping[str, tuple[object, ...]] = {"tools": (None, []), "tool_choice": (None, "none", "auto")}
+_ONLY_COMPLETIONS: Mapping[str, tuple[object, ...]] = {"echo": (None, False), "best_of": (None, 1)}
 _HINTS = {
     "functions": "use tools",
     "function_call": "use tool_choice",
@@ -121,10 +121,10 @@ class _Request(BaseModel):
             raise InvalidRequest("n", f"n must be 1 to {MAX_CHOICES}, got {count}")
         return count
 
-    def _refuse(self, elsewhere: Sequence[str]) -> None:
+    def _refuse(self, elsewhere: Mapping[str, tuple[object, ...]]) -> None:
         """Refuses by name what is not supported, here or at all."""
         extra = self.model_extra or {}
-        for name, neutral in (*_NEUTRAL.items(), *((name, (None, False, [], "none", "auto", 1)) for name in elsewhere)):
+        for name, neutral in (*_NEUTRAL.items(), *elsewhere.items()):
             if extra.get(name) not in neutral:
                 raise UnsupportedParameter(name, extra[name], hint=_HINTS.get(name, "leave it out"))
 

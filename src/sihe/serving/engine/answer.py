@@ -127,7 +127,7 @@ class Answer:
     def _text(self, token: int) -> tuple[str, FinishReason | None]:
         reason: FinishReason | None = None
         text = ""
-        if token in self._stop_ids:
+        if token in self._stop_ids or (self._grammar is not None and token in self._grammar.ends):
             reason = "stop"
         else:
             text = self._stop.push(self._decoder.push(token))

@@ -58,7 +58,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, stop_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._stop_ids = sorted(id for id in stop_ids if id < tokenizer.get_vocab_size())
+        self._ends = _ends(tokenizer, stop_ids)
         self._compiling = threading.Lock()  # one at a time: the others would take the model's cores
         self._made: LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
@@ -74,7 +74,7 @@ class GrammarCompiler:
             self._compiled.move_to_end(constraint)
             while len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
-            return Grammar(constraint, matcher.deep_copy(), self._vocab_size)
+            return Grammar(constraint, matcher.deep_copy(), self._vocab_size, ends=self._ends)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher
@@ -85,20 +85,18 @@ class GrammarCompiler:
         except ValueError as error:
             raise BadConstraint(constraint.kind, _short(str(error))) from error
         # The first mask builds most of what later ones need, and shows what can never be obeyed.
-        Grammar(constraint, matcher, self._vocab_size).mask()
+        Grammar(constraint, matcher, self._vocab_size, ends=self._ends).mask()
         return matcher
 
     def _library_tokenizer(self) -> LLTokenizer:
         if self._made is None:
             from llguidance import LLTokenizer
 
-            # A model without an end still needs one for the library: its last token, which nothing else then means.
-            ends = self._stop_ids or [self._tokenizer.get_vocab_size() - 1]
             try:
                 self._made = LLTokenizer(
                     self._tokenizer.to_str(),
                     n_vocab=max(self._vocab_size, self._tokenizer.get_vocab_size()),
-                    eos_token=ends,
+                    eos_token=sorted(self._ends),
                 )
             except ValueError as error:
                 raise InvalidInput(f"this model's tokenizer cannot be constrained: {_short(str(error))}") from error
@@ -109,10 +107,11 @@ class Grammar:
     """Where an answer stands in what it must obey. Used by one thread.
 
     `mask` says what may come, `accept` takes what came; `rollback` takes tokens back. `is_complete` means that nothing
-    can follow, so that the answer ends.
+    can follow, so that the answer ends. `ends` are the tokens that end it where more could follow; they are no text.
     """
 
-    def __init__(self, constraint: Constraint, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, constraint: Constraint, matcher: LLMatcher, vocab_size: int, *, ends: frozenset[int]) -> None:
+        self.ends = ends
         self._constraint = constraint
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
@@ -169,6 +168,15 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise BadConstraint(self._constraint.kind, _short(self._matcher.get_error()))
+
+
+def _ends(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> frozenset[int]:
+    """The tokens that end an answer. A model without any still needs one where a constraint leaves the end open: a
+    special token, or its last one, which then is no text."""
+    size = tokenizer.get_vocab_size()
+    known = [id for id in stop_ids if id < size]
+    special = [id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    return frozenset(known or special[:1] or [size - 1])
 
 
 def check_source(constraint: Constraint) -> None:
