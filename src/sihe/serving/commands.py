@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sihe.core import terminal
+from sihe.serving import traffic_commands
 
 app = typer.Typer(no_args_is_help=True, help="Deployments that follow a model alias or version.")
 
@@ -68,6 +69,17 @@ def alias(
     with terminal.workspace() as workspace:
         Gateway(workspace).move_alias(model, name, version)
     terminal.say(f"{model}@{name} is version {version}")
+
+
+app.command()(traffic_commands.arms)
+app.command()(traffic_commands.arm)
+app.command()(traffic_commands.canary)
+app.command()(traffic_commands.promote)
+app.command()(traffic_commands.rollback)
+app.command()(traffic_commands.pause)
+app.command()(traffic_commands.shadow)
+app.command()(traffic_commands.log)
+app.command()(traffic_commands.logs)
 
 
 def _setting(item: str) -> tuple[str, Any]:
