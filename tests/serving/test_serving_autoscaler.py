@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -68,8 +69,8 @@ def simulate(config: ReplicaConfig, arrivals: Sequence[int], *, load_s: int = 10
 
 def turns(seconds: Sequence[Second]) -> int:
     """How often the wanted number changed its direction."""
-    changes = [b.wanted - a.wanted for a, b in zip(seconds, seconds[1:], strict=False) if a.wanted != b.wanted]
-    return sum((a > 0) != (b > 0) for a, b in zip(changes, changes[1:], strict=False))
+    changes = [b.wanted - a.wanted for a, b in itertools.pairwise(seconds) if a.wanted != b.wanted]
+    return sum((a > 0) != (b > 0) for a, b in itertools.pairwise(changes))
 
 
 def steady(rate_per_s: float, seconds: int, draw: random.Random) -> list[int]:
@@ -107,7 +108,7 @@ def test_a_step_is_met_in_bounded_time() -> None:
 
 def test_a_spike_does_not_come_and_go() -> None:
     draw = random.Random(3)
-    load = steady(2.0, 200, draw) + [100] + steady(2.0, 400, draw)
+    load = [*steady(2.0, 200, draw), 100, *steady(2.0, 400, draw)]
     seen = simulate(config(), load)
     assert turns(seen[150:]) == 1, "up once, and down once"
     assert seen[-1].wanted <= 2
@@ -161,7 +162,7 @@ def test_never_outside_its_bounds(rates: list[int], least: int, more: int, load_
     most = max(1, least + more)
     seen = simulate(config(least=least, most=most), rates, load_s=load_s)
     assert all(least <= second.wanted <= most for second in seen)
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         assert after.wanted <= max(1, 2 * before.wanted), "at most doubled at once"
 
 

@@ -81,6 +81,7 @@ class Route:
         self._failure: _Failure | None = None
         self._room_is_short = False
         self._has_served = False
+        self._proven: _Wish | None = None  # what was wanted when a replica was last opened
         self._fault: str | None = None
         self._closing = False
         self._requests = Dispatcher(
@@ -261,7 +262,7 @@ class Route:
         for id in (*moves.drain, *moves.discard):
             self._retire(by_id[id], drain=id in moves.drain)
         if moves.open:
-            self._has_served, self._failure = True, None
+            self._has_served, self._proven, self._failure = True, self._wish, None
         for _ in range(moves.load):
             replica = Replica(
                 self._wish.version, self._wish.settings, self._wish.backend, self._notify, id=next(self._ids)
@@ -319,8 +320,10 @@ class Route:
         config = self._deployment.replicas
         now_s = self._clock.monotonic_s()
         wakes = self._requests.num_waiting > 0 and self._scaling.wanted == 0
-        if self._wish is None or not (wakes or (config.is_elastic and now_s >= self._next_look_s)):
+        if not (wakes or (config.is_elastic and now_s >= self._next_look_s)):
             return
+        if self._wish is None or not self._wish.is_met_by(self._proven):
+            return  # a version is shown to work before its number follows the load
         self._next_look_s = now_s + _TICK_S
         there = [replica for replica in self._replicas if self._wish.is_met_by(replica)]
         ready = [replica for replica in self._replicas if replica.is_serving]
@@ -393,8 +396,8 @@ class Route:
         if failed is not None and failed.retry_at_s is not None and now_s < failed.retry_at_s:
             waits.append(failed.retry_at_s - now_s)
         if self._deployment.replicas.is_elastic and self._wish is not None:
-            waits.append(max(0.01, self._next_look_s - now_s))
-        return max(0.01, min(waits)) if waits else None
+            waits.append(self._next_look_s - now_s)
+        return max(0.05, min(waits)) if waits else None
 
     def _failed(self) -> _Failure | None:
         """The failure of what is wanted now; one of another version no longer matters."""

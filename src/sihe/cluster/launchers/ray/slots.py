@@ -47,6 +47,10 @@ class RaySlots:
             self._seen.popleft()
         return min(slots for _, slots in self._seen)
 
+    def by_node(self) -> dict[str, int]:
+        """How many ranks more each node could run at this moment, this job's own counted as free."""
+        return self._by_node()
+
     @property
     def excluded(self) -> tuple[str, ...]:
         """Nodes that Ray still counts and that do not answer."""
@@ -92,7 +96,10 @@ class RaySlots:
 
     def _fitting(self, free: Mapping[str, float]) -> int:
         # Ray counts in ten-thousandths.
-        return min(int((free.get(resource, 0.0) + 1e-5) // amount) for resource, amount in self.need.items() if amount)
+        return min(
+            (int((free.get(resource, 0.0) + 1e-5) // amount) for resource, amount in self.need.items() if amount),
+            default=1,  # what needs nothing fits everywhere
+        )
 
 
 def _nodes() -> list[_Node]:

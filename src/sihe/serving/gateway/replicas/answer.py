@@ -13,7 +13,7 @@ from typing import Protocol
 from sihe.core.errors import InternalError, Unreachable
 from sihe.serving.engine.stream import GenerationStream, Wake
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest
-from sihe.serving.errors import EngineClosed, EngineDead, ReplicaLost
+from sihe.serving.errors import EngineClosed, EngineDead, QueueFull, ReplicaLost
 from sihe.serving.gateway.replicas.balancer import prefix_of, work_of
 from sihe.serving.gateway.replicas.replica import Replica
 
@@ -70,7 +70,7 @@ class RoutedStream(GenerationStream):
         self.prefix = prefix_of(request)
         self.tried: set[int] = set()
         self._desk = desk
-        self._max_attempts = max_attempts
+        self._attempts_left = max_attempts
         self._lock = threading.Lock()
         self._running: list[Attempt] = []
         self._winner: Attempt | None = None
@@ -91,15 +91,17 @@ class RoutedStream(GenerationStream):
         attempt = Attempt(self, replica)
         with self._lock:
             self.tried.add(replica.id)
+            self._attempts_left -= 1
             self._running.append(attempt)
             if self._winner is None:
                 self.served_by = replica.served_by
         return attempt
 
     def refused(self, attempt: Attempt) -> None:
-        """The replica did not take it."""
+        """The replica did not take it, which costs no attempt."""
         with self._lock:
             self._running.remove(attempt)
+            self._attempts_left += 1
 
     def accepted(self, attempt: Attempt, stream: GenerationStream) -> None:
         """The replica took it; it is aborted at once where that has become pointless."""
@@ -148,11 +150,11 @@ class RoutedStream(GenerationStream):
             self._running.remove(attempt)
             has_begun = self._winner is attempt
             another_runs = bool(self._running) and not has_begun
-            again = not has_begun and not another_runs and isinstance(error, LOST)
-            again = again and len(self.tried) < self._max_attempts
+            again = not has_begun and not another_runs and isinstance(error, (*LOST, QueueFull))
+            again = again and self._attempts_left > 0
             last = not another_runs and not again
             self._over |= last
-        if isinstance(error, (*LOST, InternalError)):
+        if isinstance(error, (*LOST, QueueFull, InternalError)):
             self._desk.failed(self, attempt.replica, error, again=again)
         return self.fail(error) if last else None
 

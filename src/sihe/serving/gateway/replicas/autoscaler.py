@@ -85,7 +85,7 @@ def _load(config: ReplicaConfig, target_in_flight: float, wanted: int, seen: Obs
     """The load in replicas: so many would each just meet the target of the measure that asks for most."""
     if seen.in_hand == 0:
         idle = seen.last_request_s is None or seen.now_s - seen.last_request_s >= config.scaling.idle_s
-        return 0.0 if idle else min(1.0, float(wanted))
+        return 0.0 if idle or wanted == 0 else _SOME
     by_requests = max(seen.in_hand / target_in_flight, _SOME)
     if seen.ready == 0:
         return max(by_requests, float(wanted))

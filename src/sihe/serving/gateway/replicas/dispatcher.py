@@ -249,19 +249,22 @@ class Dispatcher:
         """Sends a request whose replica was lost to another one, now or when there is one."""
         if answer.is_over:
             return
+        was_refused = isinstance(error, QueueFull)  # asking the same replica again would be refused again
         try:
-            if self._sent(answer):
+            if self._sent(answer, elsewhere=was_refused):
                 return
         except QueueFull:
-            pass
+            pass  # the replicas that are left are full: it waits for the first place
         except Exception as refusal:  # noqa: BLE001 - it belongs to the one request
             _end(answer, refusal)
             return
-        if self._closed or (not self._replicas and self._why_none() is not None):
+        with self._lock:
+            waits = not (self._closed or was_refused or (not self._replicas and self._why_none() is not None))
+            if waits:
+                self._waiting.appendleft(answer)  # it came before those that wait
+        if not waits:
             _end(answer, error)
             return
-        with self._lock:
-            self._waiting.appendleft(answer)  # it came before those that wait
         self._limit_wait(answer)
         self._on_change()
 
@@ -277,7 +280,10 @@ class Dispatcher:
             self._hedger.arrived()
             delay_s = self._hedger.delay_s()
         if delay_s is not None and len(self._replicas) > 1:
-            self._alarms.after(delay_s, lambda: self._later(lambda: self._hedge(answer)))
+            self._alarms.after(delay_s, lambda: self._hedge_later(answer))
+
+    def _hedge_later(self, answer: RoutedStream) -> None:
+        self._later(lambda: self._hedge(answer))
 
     def _hedge(self, answer: RoutedStream) -> None:
         if answer.is_over or answer.has_begun or answer in self._waiting:
@@ -290,13 +296,15 @@ class Dispatcher:
             except Exception as error:  # noqa: BLE001 - the first copy runs on
                 self._log.debug("hedge_refused", error=repr(error))
 
-    def _later(self, work: Callable[[], None]) -> None:
+    def _later(self, work: Callable[[], None]) -> bool:
+        """Whether `work` will be done, on a thread of the pool."""
         with self._lock:
             if self._closed:
-                return
+                return False
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"dispatch {self._name}")
             self._pool.submit(work)
+            return True
 
     def _note_failure(self, replica: Replica, error: BaseException) -> None:
         replica.failed(self._clock.monotonic_s())
@@ -318,13 +326,10 @@ class Dispatcher:
 
     def failed(self, answer: RoutedStream, replica: Replica, error: BaseException, *, again: bool) -> None:
         """A replica failed; with `again` the request is sent to another."""
-        self._note_failure(replica, error)
-        if not again:
-            return
-        if self._closed:
+        if not isinstance(error, QueueFull):
+            self._note_failure(replica, error)
+        if again and not self._later(lambda: self._again(answer, error)):
             _end(answer, error)
-        else:
-            self._later(lambda: self._again(answer, error))
 
     def left(self, answer: RoutedStream) -> None:
         """The reader has closed the stream."""

@@ -9,7 +9,7 @@ from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver, RequestStats, StepStats
-from sihe.serving.gateway.replicas.config import Backend, LocalBackend, RayBackend
+from sihe.serving.gateway.replicas.config import Backend, LocalBackend, OpenAiBackend, RayBackend
 from sihe.serving.gateway.replicas.ports import Served
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.ports import PredictorObserver
@@ -45,8 +45,10 @@ def load(
         from sihe.serving.gateway.replicas.ray.host import load as load_on_ray
 
         return cast(Served, load_on_ray(workspace, version, settings, backend, observer))
-    if not isinstance(backend, LocalBackend):
-        raise ConfigError(f"backend {backend.kind!r} is not built: use local or ray", key="backend")
+    if isinstance(backend, OpenAiBackend):
+        from sihe.serving.gateway.replicas.openai.host import load as load_behind
+
+        return load_behind(workspace, version, settings, backend, observer)
     from sihe.serving.engine.encoder.engine import EncoderEngine
     from sihe.serving.engine.encoder.runner import is_encoder
     from sihe.serving.engine.engine import Engine
