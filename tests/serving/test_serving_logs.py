@@ -1,0 +1,125 @@
+"""The request log: what is offered is written once, beside the path, and a full disk or buffer stops nobody."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from sihe.core.errors import NoSpace
+from sihe.data.lake.table import LakeTable
+from sihe.serving.engine.types import ChatMessage, GenerationRequest
+from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.request_log import KEY_FILE, LogEntry, RequestLog, read
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+DONE = Outcome("finished", "stop", None, 3, 4, 0.1, 0.2, "an answer", (1, 2))
+
+
+def entry(number: int = 0, *, text: bool = False, **request: object) -> LogEntry:
+    asked = GenerationRequest(**({"prompt": f"prompt {number}"} | request))  # type: ignore[arg-type]
+    time = NOW + timedelta(seconds=number)
+    return LogEntry(time, f"r{number}", "chat", "stable", "tiny@1", "someone", asked, DONE, keeps_text=text)
+
+
+def test_what_was_offered_is_there_after_the_end(tmp_path: Path) -> None:
+    fates: list[tuple[str, int]] = []
+    log = RequestLog(tmp_path / "lake", on_fate=lambda fate, number: fates.append((fate, number)))
+    for number in range(50):
+        log.offer(entry(number))
+    log.close()
+    rows = read(tmp_path / "lake", limit=None)
+    assert [row.request_id for row in rows] == [f"r{number}" for number in reversed(range(50))]
+    assert {fate for fate, _ in fates} == {"written"}
+    assert sum(number for _, number in fates) == 50
+    assert read(tmp_path / "lake", limit=3) == rows[:3]
+    assert read(tmp_path / "lake", deployment="it's another") == []
+
+
+def test_nothing_logged_is_nothing_read(tmp_path: Path) -> None:
+    assert read(tmp_path / "lake") == []
+    log = RequestLog(tmp_path / "lake")
+    log.flush()
+    log.close()
+    assert read(tmp_path / "lake") == []
+
+
+def test_texts_are_hashed_under_the_homes_own_key(tmp_path: Path) -> None:
+    found = []
+    for home in ("a", "b", "a"):
+        log = RequestLog(tmp_path / home / "lake")
+        log.offer(entry(1))
+        log.close()
+        found.append(read(tmp_path / home / "lake")[0])
+    assert found[0].prompt_hash == found[2].prompt_hash != found[1].prompt_hash
+    assert (found[0].prompt, found[0].answer, found[0].prompt_characters) == (None, None, 8)
+    assert found[0].session not in ("someone", found[1].session)
+    key = tmp_path / "a" / KEY_FILE
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "kind", "prompt"),
+    [
+        ({"prompt": "plain"}, "completion", "plain"),
+        ({"prompt": (1, 2, 3)}, "completion", "[1, 2, 3]"),
+        ({"prompt": None, "messages": (ChatMessage("user", "你好"),)}, "chat", '[{"role": "user", "content": "你好"}]'),
+        ({"prompt": "half \ud83d of a pair"}, "completion", "half ? of a pair"),
+    ],
+)
+def test_every_kind_of_prompt_is_written(
+    tmp_path: Path, request_fields: dict[str, object], kind: str, prompt: str
+) -> None:
+    log = RequestLog(tmp_path / "lake")
+    log.offer(entry(text=True, **request_fields))
+    log.close()
+    (row,) = read(tmp_path / "lake")
+    assert (row.kind, row.prompt, row.answer) == (kind, prompt, "an answer")
+
+
+def test_a_full_disk_drops_and_counts_and_what_comes_later_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fates: list[tuple[str, int]] = []
+    log = RequestLog(tmp_path / "lake", on_fate=lambda fate, number: fates.append((fate, number)))
+
+    def full(self: LakeTable, *_: object, **__: object) -> int:
+        raise NoSpace(tmp_path)
+
+    monkeypatch.setattr(LakeTable, "append", full)
+    log.offer(entry(1))
+    log.flush()
+    assert fates == [("dropped", 1)]
+    monkeypatch.undo()
+    log.offer(entry(2))
+    log.flush()
+    assert fates == [("dropped", 1), ("written", 1)]
+    log.close()
+    assert [row.request_id for row in read(tmp_path / "lake")] == ["r2"]
+
+
+def test_a_slow_disk_fills_the_buffer_and_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fates: list[tuple[str, int]] = []
+    writing, go = threading.Event(), threading.Event()
+    append = LakeTable.append
+
+    def slow(self: LakeTable, *args: object, **fields: object) -> int:
+        writing.set()
+        assert go.wait(30)
+        return append(self, *args, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LakeTable, "append", slow)
+    log = RequestLog(tmp_path / "lake", on_fate=lambda fate, n: fates.append((fate, n)), max_buffered=10, every_s=0.001)
+    log.offer(entry(0))
+    assert writing.wait(30)
+    for number in range(1, 31):
+        log.offer(entry(number))  # returns, though the disk does not
+    assert fates == [("dropped", 1)] * 20
+    go.set()
+    log.close()
+    assert len(read(tmp_path / "lake", limit=None)) == 11
+    log.offer(entry(99))
+    assert fates[-1] == ("dropped", 1)  # after the end
