@@ -39,7 +39,7 @@ async def send_all(url: str, model: str, arrivals: Sequence[Arrival], *, timeout
         sent_s = time.perf_counter()
         try:
             outcome = await asyncio.wait_for(_stream(url, model, arrival.query), timeout_s)
-        except (OSError, ValueError, asyncio.TimeoutError, asyncio.IncompleteReadError) as error:
+        except (TimeoutError, OSError, ValueError, asyncio.IncompleteReadError) as error:
             return Outcome(sent_s - due_s, 0.0, 0.0, 0, f"{type(error).__name__}: {error}")
         first_s, last_s, tokens = outcome
         # From when it was due, not from when this process came to send it: a late client hides no waiting.

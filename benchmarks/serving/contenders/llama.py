@@ -34,7 +34,7 @@ def convert(folder: Path, precision: str) -> Path:
     return target
 
 
-def load(folder: Path, precision: str, context: int) -> Generate:
+def load(folder: Path, precision: str, context: int, *, flash: bool = False) -> Generate:
     """A context for `SEQUENCES` sequences of `context` positions each."""
     import llama_cpp
     import numpy as np
@@ -49,6 +49,7 @@ def load(folder: Path, precision: str, context: int) -> Generate:
     settings.n_ubatch = 512
     settings.n_threads = settings.n_threads_batch = int(os.environ["OMP_NUM_THREADS"])
     settings.kv_unified = False  # a stream of its own for each sequence: faster where no prefix is shared
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else 0
     handle = llama_cpp.llama_init_from_model(model, settings)
     if not handle:
         raise RuntimeError("llama.cpp made no context")

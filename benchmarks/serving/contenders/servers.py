@@ -67,10 +67,12 @@ class Server:
         while time.monotonic() < end_s:
             if self._process.poll() is not None:
                 raise ContenderFailed(f"{self.name} ended while it started, see {log}")
-            with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
-                with urllib.request.urlopen(f"{self.url}/models", timeout=5) as answer:
-                    if any(found["id"] == self.model for found in json.load(answer)["data"]):
-                        return
+            with (
+                contextlib.suppress(OSError, urllib.error.URLError, ValueError),
+                urllib.request.urlopen(f"{self.url}/models", timeout=5) as answer,
+            ):
+                if any(found["id"] == self.model for found in json.load(answer)["data"]):
+                    return
             time.sleep(0.5)
         raise ContenderFailed(f"{self.name} was not ready within {_START_TIMEOUT_S:.0f} s, see {log}")
 

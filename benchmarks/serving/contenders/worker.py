@@ -7,9 +7,12 @@ first sequence generated, or `{"error"}`. Whatever a library prints goes to the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +34,7 @@ def prompts_of(batch: int, length: int, seed: int) -> Prompts:
 
 def run(load: Callable[[Path, str, int], Generate]) -> None:
     """Loads (`folder`, precision and longest context come as arguments), says so, then answers orders until the end."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     folder, precision, context = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -46,6 +50,12 @@ def run(load: Callable[[Path, str, int], Generate]) -> None:
             answers.write(json.dumps(_measure(generate, **order)) + "\n")
         except Exception as error:  # noqa: BLE001 - the one who ordered decides what it means
             answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+
+
+def _end_with_parent() -> None:
+    """A stopped process would not see that nobody orders anything any more: the kernel ends it (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _measure(generate: Generate, *, batch: int, prompt: int, tokens: int, seed: int) -> dict[str, object]:
