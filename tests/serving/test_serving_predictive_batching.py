@@ -74,6 +74,33 @@ def test_a_pause_between_two_bursts_does_not_hide_the_second() -> None:
         assert len(waiting.take(start + 0.005).items) == 8  # type: ignore[union-attr]
 
 
+def test_a_caller_that_never_brings_company_is_not_held_back_for_long() -> None:
+    waiting = queue(delay_s=0.01)
+    now, held = 0.0, []
+    for number in range(200):  # the next request comes a millisecond after each answer: often, and always alone
+        now += 0.001
+        waiting.add(Item(number, "a", 1, arrived_s=now))
+        batch = waiting.take(now)
+        if batch is None:
+            held.append(number)
+            wake = waiting.wake_s()
+            assert wake is not None
+            now = wake
+            batch = waiting.take(now)
+        assert ids(batch) == [number]
+    assert 1 <= len(held) <= 15
+    assert max(held) > 150, "now and then it is tried again"
+    for number in range(200, 300):  # two callers: a wait is worth it again, and is made again after a while
+        waiting.add(Item(2 * number, "a", 1, arrived_s=now))
+        batch = waiting.take(now)
+        waiting.add(Item(2 * number + 1, "a", 1, arrived_s=now + 0.0002))
+        now += 0.001
+        while len(waiting):
+            batch = waiting.take(max(now, waiting.wake_s() or now))
+    assert batch is not None
+    assert len(batch.items) == 2
+
+
 def test_a_deadline_closes_a_batch_while_there_is_time_to_compute_it() -> None:
     waiting = queue(delay_s=1.0, adaptive=False)
     waiting.add(Item(0, "a", 1, arrived_s=0.0, deadline_s=0.5))

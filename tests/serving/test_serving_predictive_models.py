@@ -16,6 +16,7 @@ import torch
 
 from sihe.core.errors import AlreadyExists, ConfigError, CorruptData, InvalidInput, NotFound
 from sihe.serving.predictive.backends.pytorch import pickles_in
+from sihe.serving.predictive.backends.trees import check_trees
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.folder import describe, example_of, is_predictive, open_backend
 from sihe.serving.predictive.predictor import Predictor
@@ -204,6 +205,60 @@ def test_types_must_be_trusted_by_whoever_deploys(tmp_path: Path) -> None:
         rows = features(2)
         answer = predictor.submit(InferenceRequest({"input": rows}, ("prediction",))).result(30)
         np.testing.assert_allclose(answer.outputs["prediction"], rows[:, 0] * 2)
+
+
+def forests() -> dict[str, Any]:
+    """Every kind of model with trees, nested ones too."""
+    from sklearn import calibration, ensemble, pipeline, preprocessing
+
+    forest = ensemble.RandomForestClassifier(3, max_depth=3, random_state=0)
+    encoded = pipeline.make_pipeline(preprocessing.PolynomialFeatures(2), forest)
+    return {
+        "forest": forest,
+        "boosting": ensemble.GradientBoostingClassifier(n_estimators=3),
+        "histograms": ensemble.HistGradientBoostingClassifier(max_iter=3),
+        "isolation": ensemble.IsolationForest(n_estimators=3, max_features=2),
+        "bagging": ensemble.BaggingClassifier(forest, n_estimators=2, max_features=3),
+        "voting": ensemble.VotingClassifier([("a", encoded), ("b", ensemble.AdaBoostClassifier(n_estimators=2))]),
+        "calibrated": calibration.CalibratedClassifierCV(forest, cv=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["forest", "boosting", "histograms", "isolation", "bagging", "voting", "calibrated"])
+def test_models_with_trees_need_nobodys_trust(tmp_path: Path, kind: str) -> None:
+    rows = features(60)
+    estimator = forests()[kind].fit(rows, rows[:, 0] > 0)
+    description = save_sklearn(estimator, tmp_path / "m", example=rows[:2])
+    name = description.outputs[0].name
+    with Predictor.load(tmp_path / "m") as predictor:
+        made = predictor.submit(InferenceRequest({"input": rows}, (name,))).result(30).outputs[name]
+    assert made.tolist() == estimator.predict(rows).tolist()
+
+
+@pytest.mark.parametrize("harm", ["circle", "outside", "feature", "few features"])
+@pytest.mark.parametrize("kind", ["forest", "histograms"])
+def test_a_tree_that_leads_astray_is_refused(kind: str, harm: str) -> None:
+    rows = features(60)
+    estimator = forests()[kind].fit(rows, rows[:, 0] > 0)
+    check_trees(estimator)
+    tree: Any = None
+    if kind == "forest":
+        tree = estimator.estimators_[1].tree_
+        left, feature = tree.children_left, tree.feature
+    else:
+        nodes = estimator._predictors[1][0].nodes
+        left, feature = nodes["left"], nodes["feature_idx"]
+    assert left[0] > 0
+    if harm == "circle":
+        left[0] = 0
+    elif harm == "outside":
+        left[0] = 10_000
+    elif harm == "feature":
+        feature[0] = 4
+    else:
+        estimator.n_features_in_ = 0
+    with pytest.raises(InvalidInput, match="not sound"):
+        check_trees(estimator)
 
 
 @pytest.mark.parametrize("part", ["data/sample_inputs/model.pt", "data/constants/opaque_obj_0", "config"])

@@ -5,7 +5,8 @@ Requests wait in buckets of equal shape, because only those can be computed toge
 - it is full: the next request would exceed `max_batch_size` rows, or none can join any more;
 - its oldest request has waited `max_delay_s`, or would miss its deadline by waiting longer;
 - `wait` is "adaptive" and company is unlikely: by the mean gap of the last arrivals, the next one would come after the
-  delay has passed, or it is overdue by twice that gap.
+  delay has passed, or it is overdue by twice that gap; or those who were held back of late were so in vain (a caller
+  that sends its next request when it has the answer to this one comes often, and never while one waits for it).
 
 So a lone request on an idle model goes at once, and under load batches grow by themselves: what arrives while one batch
 is computed goes together into the next.
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 
 PRIORITY_STEP_S = 0.1  # a request one level less urgent is served as if it had come so much later
 _GAP_WEIGHT = 0.25  # of the newest gap in the moving mean: about the last four arrivals count
+_GAIN_WEIGHT = 0.25  # of the newest wait in the moving mean of those that brought company
+_MIN_GAIN = 0.2  # share of waits that must have brought company for another one
+_PROBE = 32  # batches between two waits that are tried all the same: times change
 _OVERDUE = 2.0  # mean gaps without an arrival after which nobody is expected any more
 
 
@@ -71,6 +75,9 @@ class BatchQueue:
         self._items: dict[int, Item] = {}
         self._gap_s = float("inf")
         self._last_arrival_s: float | None = None
+        self._held: dict[Hashable, int] = {}  # how many there were in a bucket when it was first held back
+        self._gain = 1.0
+        self._taken = 0
 
     def __len__(self) -> int:
         return len(self._items)
@@ -93,6 +100,7 @@ class BatchQueue:
         del waiting[bisect.bisect_left(waiting, item.rank, key=_rank)]
         if not waiting:
             del self._buckets[item.bucket]
+            self._held.pop(item.bucket, None)
         return True
 
     def expire(self, now_s: float) -> list[Item]:
@@ -109,8 +117,11 @@ class BatchQueue:
         """
         due = [waiting for waiting in self._buckets.values() if self._due_s(waiting, compute_s) <= now_s]
         if not due:
+            for bucket, waiting in self._buckets.items():
+                self._held.setdefault(bucket, len(waiting))
             return None
         chosen = self._fill(min(due, key=lambda waiting: waiting[0].rank))
+        self._note_taken(chosen)
         for item in chosen:
             self.remove(item.id)
         return Batch(tuple(chosen))
@@ -140,7 +151,8 @@ class BatchQueue:
         if not policy.adaptive:
             return limit_s
         assert self._last_arrival_s is not None, "somebody has arrived"
-        if self._last_arrival_s + self._gap_s > limit_s:
+        is_in_vain = self._gain < _MIN_GAIN and self._taken % _PROBE != 0
+        if is_in_vain or self._last_arrival_s + self._gap_s > limit_s:
             return float("-inf")
         return min(limit_s, self._last_arrival_s + _OVERDUE * self._gap_s)
 
@@ -162,6 +174,13 @@ class BatchQueue:
             known_s = self._gap_s if self._gap_s != float("inf") else gap_s
             self._gap_s = known_s + _GAP_WEIGHT * (gap_s - known_s)
         self._last_arrival_s = now_s
+
+    def _note_taken(self, chosen: list[Item]) -> None:
+        """Learns whether holding this batch back has brought anybody."""
+        self._taken += 1
+        held = self._held.pop(chosen[0].bucket, None)
+        if held is not None:
+            self._gain += _GAIN_WEIGHT * ((len(chosen) > held) - self._gain)
 
 
 def _rank(item: Item) -> tuple[float, int]:

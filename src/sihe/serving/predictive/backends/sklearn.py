@@ -1,7 +1,7 @@
 """scikit-learn models from `.skops` files, which hold no code: only types that are trusted are built.
 
-skops trusts scikit-learn's and numpy's own types. Others must be named by whoever deploys (`trusted_types`), never by
-the file itself.
+skops trusts most of scikit-learn's and numpy's own types; trees are trusted here after a look at them (`trees.py`).
+Others must be named by whoever deploys (`trusted_types`), never by the file itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.lazy import require
 from sihe.core.telemetry import logger
+from sihe.serving.predictive.backends.trees import PLAIN, TREES, check_trees
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.datatypes import as_objects, as_texts, numpy_type
 from sihe.serving.predictive.types import Array, ModelDescription, TensorSpec
@@ -53,8 +54,9 @@ class SklearnBackend:
         require("sklearn", extra=EXTRA)
         skops = require("skops.io", extra=EXTRA)
         _warn_of_another_release(description)
+        trusted = (*TREES, *PLAIN, *config.trusted_types)
         try:
-            strange = [name for name in skops.get_untrusted_types(file=path) if name not in config.trusted_types]
+            strange = [name for name in skops.get_untrusted_types(file=path) if name not in trusted]
         except Exception as error:
             raise CorruptData(path, f"skops cannot read it: {error}") from error
         if strange:
@@ -63,9 +65,10 @@ class SklearnBackend:
                 f"trusted_types={','.join(strange)}"
             )
         try:
-            estimator = skops.load(path, trusted=list(config.trusted_types))
+            estimator = skops.load(path, trusted=list(trusted))
         except Exception as error:
             raise CorruptData(path, f"skops cannot load it: {error}") from error
+        check_trees(estimator)
         return cls(estimator, description)
 
     def run(self, inputs: Mapping[str, Array], outputs: frozenset[str]) -> Mapping[str, Array]:
