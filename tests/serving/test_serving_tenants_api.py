@@ -28,6 +28,7 @@ from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import EngineClosed
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.ports import GuardContext, Refusal
 from sihe.serving.tenants import Access, Limits, Right, Tenant, TenantStore
 from sihe.serving.tenants.brakes import FAILURES
 from support.debian import wait_until
@@ -223,6 +224,19 @@ def test_tokens_are_taken_as_estimated_and_settled_as_used(door: Door) -> None:
     assert large.value.status_code == 413
 
 
+def test_a_limit_that_is_smaller_than_a_usual_answer_lets_open_ends_pass(door: Door) -> None:
+    client = door.client(door.key(tokens_per_min=300, tokens_per_day=250))
+    chat = [{"role": "user", "content": "pack my box"}]
+    first = client.chat.completions.create(model="tiny", messages=chat)  # type: ignore[arg-type]
+    assert first.usage is not None
+    left = 250 - first.usage.total_tokens
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=chat, max_tokens=1)  # type: ignore[arg-type]
+    assert int(raw.headers["x-ratelimit-remaining-tokens"]) > left  # what was guessed too much came back
+    door.clock.advance(60)
+    with pytest.raises(openai.RateLimitError, match="tokens a day"):
+        complete(client, left)
+
+
 def test_a_tenants_limit_holds_for_all_its_keys_together(door: Door) -> None:
     door.store.put_tenant(Tenant("acme", Limits(requests_per_min=2)))
     first, second, other = door.client(door.key()), door.client(door.key()), door.client(door.key("zeta"))
@@ -290,6 +304,50 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, thr
         yield reached, go
     finally:
         go.set()
+
+
+# ---- a guard -------------------------------------------------------------------------------------------------------
+
+
+class Censor:
+    """Lets no prompt with the token 13 pass, and no answer in which it finds its phrase."""
+
+    window_chars, overlap_chars = 6, 4
+
+    def __init__(self) -> None:
+        self.phrase = ""
+
+    def judge_prompt(self, request: GenerationRequest, context: GuardContext) -> Refusal | None:
+        return Refusal("number", "thirteen is not talked about") if 13 in (request.prompt or ()) else None
+
+    def judge_answer(self, text: str, context: GuardContext, *, is_end: bool) -> Refusal | None:
+        return Refusal("phrase", "this neither") if self.phrase and self.phrase in text else None
+
+
+def test_a_guard_refuses_in_openais_form(door: Door, gateway: Gateway) -> None:
+    censor, app, key = Censor(), FastAPI(), door.key(tokens_per_day=1000)
+    app.include_router(router(gateway, door.access, censor))
+    install_errors(app)
+    with serving(app) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=door.http)
+        with pytest.raises(openai.BadRequestError, match="thirteen") as caught:
+            client.completions.create(model="tiny", prompt=[5, 13], max_tokens=100)
+        assert (caught.value.code, caught.value.param) == ("content_filter", "prompt")
+        good = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0)
+        censor.phrase = good.choices[0].text[14:18]
+        allowed = good.choices[0].text[: good.choices[0].text.index(censor.phrase)]
+        whole = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0).choices[0]
+        assert whole.finish_reason == "content_filter"
+        assert allowed.startswith(whole.text)
+        chunks = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0, stream=True))
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "content_filter"
+        assert allowed.startswith("".join(chunk.choices[0].text for chunk in chunks))
+        chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "pack"}], n=2)
+        assert len(chat.choices) == 2
+    door.access.flush()
+    (row,) = door.access.usage.read(by=("tenant",))
+    assert row.tally.requests == 5
+    assert row.tally.failed == 1  # the refused prompt, which cost nothing
 
 
 # ---- usage ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
@@ -77,6 +77,7 @@ def test_a_key_has_its_form_and_shows_itself_nowhere_else() -> None:
         assert hidden not in repr(secret) + secret.digest + secret.session_digest + session_of(secret.text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_taken_apart_without_an_error(text: str) -> None:
     assert public_id(text) is None or text.startswith("sihe_")

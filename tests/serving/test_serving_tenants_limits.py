@@ -35,6 +35,7 @@ NEVER = Rate(capacity=100, per_s=1e-9)  # so slow that nothing comes back during
 steps = st.lists(st.tuples(st.floats(0, 30), st.floats(0.1, 40)), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(st.floats(1, 100), st.floats(0.01, 20), steps)
 def test_a_bucket_grants_its_capacity_and_what_flows_in_and_no_more(
     capacity: float, per_s: float, asked: list[tuple[float, float]]
@@ -60,6 +61,7 @@ def test_a_bucket_grants_its_capacity_and_what_flows_in_and_no_more(
             assert sum(amount for _, amount in granted[start : end + 1]) <= (capacity + per_s * span_s) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(1, 100), st.floats(0.01, 20), st.floats(0, 100), st.floats(0, 200))
 def test_what_is_given_back_is_as_if_it_was_never_taken(
     capacity: float, per_s: float, estimate: float, actual: float

@@ -133,17 +133,26 @@ class Access:
 
     # ---- how much ---------------------------------------------------------------------------------------------------
 
-    def admit(self, caller: Caller, deployment: str, *, prompt_tokens: int, completion_tokens: int) -> Admission:
+    def admit(
+        self,
+        caller: Caller,
+        deployment: str,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        is_guess: bool = False,
+    ) -> Admission:
         """Lets a request in that will cost about so many tokens; `finish` the admission when it has ended.
 
-        Raises `Forbidden`, `RateLimited`, `QuotaExceeded`, `OverLimit`.
+        Where the length of the answer `is_guess`, no more is taken for it than the limits can ever give, or than is
+        left of a quota. Raises `Forbidden`, `RateLimited`, `QuotaExceeded`, `OverLimit`.
         """
         if not caller.may_use(deployment):
             self._metrics.refused(caller.tenant.name, "deployment")
             raise Forbidden(f"this key may not use model {deployment!r}: ask for one that it is made for")
-        estimate = prompt_tokens + completion_tokens
+        room = limits.largest_request(caller) if is_guess else None
+        promised, estimate = self._promise(caller, prompt_tokens, completion_tokens, room)
         demand = limits.demand_of(caller, estimate)
-        promised = self._promise(caller, estimate)
         try:
             decision = self._counter.take(demand)
             error = limits.refusal(demand, decision)
@@ -153,8 +162,8 @@ class Access:
         except BaseException:
             self._release(promised, estimate)
             raise
-        return Admission(self, caller, deployment, demand, decision.lease, promised, prompt_tokens, completion_tokens,
-                         limits.headers(demand, decision))  # fmt: skip
+        said = limits.headers(demand, decision)
+        return Admission(self, caller, deployment, demand, decision.lease, promised, prompt_tokens, estimate, said)
 
     def finished(self, admission: Admission, tally: Tally, outcome: Outcome, charged: int) -> None:
         """Records what an admission cost; called by it, once."""
@@ -175,21 +184,36 @@ class Access:
         self._counter.close()
         self._ledger.close()
 
-    def _promise(self, caller: Caller, estimate: int) -> tuple[limits.Scope, ...]:
-        """Sets tokens aside under each quota. Raises `QuotaExceeded`."""
+    def _promise(
+        self, caller: Caller, prompt: int, completion: int, room: float | None
+    ) -> tuple[tuple[limits.Scope, ...], int]:
+        """Sets tokens aside under each quota: whose, and how many. Raises `QuotaExceeded`.
+
+        With `room` the completion is a guess, and takes no more than that, or than a quota has left.
+        """
         now = self._clock.now()
         quotas = list(limits.quotas_of(caller, now))
-        spent = [self._ledger.spent(quota.scope, quota.since) for quota in quotas]
+        for quota in quotas:
+            self._ledger.look_up(quota.scope, quota.since)
         with self._promising:
-            for quota, used in zip(quotas, spent, strict=True):
-                gone = used + self._promised.get(quota.scope, 0)
+            # Under the lock: what ends meanwhile is counted as spent before it stops to count as promised.
+            spent = [self._ledger.spent(quota.scope, quota.since) for quota in quotas]
+            left = [
+                quota.limit - used - self._promised.get(quota.scope, 0)
+                for quota, used in zip(quotas, spent, strict=True)
+            ]
+            if room is not None:
+                completion = max(1, int(min(completion, room - prompt, *(rest - prompt for rest in left))))
+            estimate = prompt + completion
+            for quota, rest in zip(quotas, left, strict=True):
+                gone = quota.limit - rest
                 if gone + estimate > quota.limit:
                     self._metrics.refused(caller.tenant.name, quota.period)
                     raise limits.exceeded(quota, gone, estimate, now)
             promised = tuple({quota.scope for quota in quotas})
             for scope in promised:
                 self._promised[scope] = self._promised.get(scope, 0) + estimate
-        return promised
+        return promised, estimate
 
     def _release(self, promised: tuple[limits.Scope, ...], estimate: int) -> None:
         with self._promising:
@@ -211,7 +235,7 @@ class Admission:
         lease: str,
         promised: tuple[limits.Scope, ...],
         prompt_tokens: int,
-        completion_tokens: int,
+        estimate: int,
         headers: Mapping[str, str],
     ) -> None:
         self.caller = caller
@@ -219,7 +243,7 @@ class Admission:
         self.demand = demand
         self.lease = lease
         self.promised = promised
-        self.estimate = prompt_tokens + completion_tokens
+        self.estimate = estimate
         self.headers = headers
         self._access = access
         self._prompt_tokens = prompt_tokens

@@ -7,7 +7,8 @@ context for it would refuse nearly everything, so a usual answer's length is tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from sihe.serving.engine.types import GenerationRequest
 
@@ -16,13 +17,22 @@ USUAL_ANSWER_TOKENS = 1024
 _MESSAGE_TOKENS = 4  # the marks of a turn in a usual chat template
 
 
-def of_generation(requests: Iterable[GenerationRequest], *, answers: int = 1) -> tuple[int, int]:
+class Estimate(NamedTuple):
+    """Tokens of prompts and answers; `is_guess` where nothing bounds an answer but its own end."""
+
+    prompt: int
+    completion: int
+    is_guess: bool
+
+
+def of_generation(requests: Sequence[GenerationRequest], *, answers: int = 1) -> Estimate:
     """Tokens of the prompts, and of `answers` answers to each."""
-    prompt = completion = 0
-    for request in requests:
-        prompt += _of_prompt(request)
-        completion += answers * (USUAL_ANSWER_TOKENS if request.max_tokens is None else request.max_tokens)
-    return prompt, completion
+    longest = [USUAL_ANSWER_TOKENS if request.max_tokens is None else request.max_tokens for request in requests]
+    return Estimate(
+        prompt=sum(_of_prompt(request) for request in requests),
+        completion=answers * sum(longest),
+        is_guess=any(request.max_tokens is None for request in requests),
+    )
 
 
 def of_text(text: str) -> int:

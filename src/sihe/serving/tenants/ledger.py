@@ -76,11 +76,7 @@ class Ledger:
                 atexit.register(self.close)
 
     def spent(self, scope: Scope, since: date) -> int:
-        """Tokens of a scope from a day on: what is recorded, at most two seconds old, and what is on its way.
-
-        Raises what the records raise when they have never answered.
-        """
-        self._look_up(scope, since)
+        """Tokens of a scope from a day on, from memory: what `look_up` found recorded, and what has come since."""
         with self._changed:
             recorded = self._spent[scope, since][0]
             return recorded + sum(
@@ -153,31 +149,39 @@ class Ledger:
 
     # ---- what was spent ---------------------------------------------------------------------------------------------
 
-    def _look_up(self, scope: Scope, since: date) -> None:
-        if self._is_known(scope, since):
-            return
-        with self._writing:  # a write in between would be counted twice, or not at all
-            if self._is_known(scope, since):
-                return
-            now_s = self._clock.monotonic_s()
-            try:
-                tokens = self._store().tokens_since(scope, since)
-            except SiheError as error:
-                with self._changed:
-                    if (scope, since) not in self._spent:
-                        raise
-                    self._spent[scope, since] = (self._spent[scope, since][0], now_s)  # go on with what was known
-                self._log.warning("quota_not_read", error=repr(error))
-                return
-            month = since.replace(day=1)  # what is older is asked for no more
-            with self._changed:
-                self._spent = {key: value for key, value in self._spent.items() if key[0] != scope or key[1] >= month}
-                self._spent[scope, since] = (tokens, now_s)
+    def look_up(self, scope: Scope, since: date) -> None:
+        """Sees to it that what is recorded of a scope is known, and at most two seconds old.
 
-    def _is_known(self, scope: Scope, since: date) -> bool:
+        What was known before goes on to count while the records are slow or away; raises what they raise when they have
+        never answered.
+        """
         with self._changed:
             known = self._spent.get((scope, since))
-            return known is not None and self._clock.monotonic_s() - known[1] < _SPENT_AGE_S
+        if known is not None and self._clock.monotonic_s() - known[1] < _SPENT_AGE_S:
+            return
+        # A write in between would be counted twice, or not at all. Who knows something does not wait for it.
+        if not self._writing.acquire(blocking=known is None):
+            return
+        try:
+            self._read_spent(scope, since, is_known=known is not None)
+        finally:
+            self._writing.release()
+
+    def _read_spent(self, scope: Scope, since: date, *, is_known: bool) -> None:
+        now_s = self._clock.monotonic_s()
+        try:
+            tokens = self._store().tokens_since(scope, since)
+        except SiheError as error:
+            if not is_known:
+                raise
+            self._log.warning("quota_not_read", error=repr(error))
+            with self._changed:
+                self._spent[scope, since] = (self._spent[scope, since][0], now_s)
+            return
+        month = since.replace(day=1)  # what is older is asked for no more
+        with self._changed:
+            self._spent = {key: value for key, value in self._spent.items() if key[0] != scope or key[1] >= month}
+            self._spent[scope, since] = (tokens, now_s)
 
 
 def _is_in(account: Account, scope: Scope, since: date) -> bool:

@@ -55,6 +55,12 @@ def demand_of(caller: Caller, tokens: int) -> Demand:
     return Demand(caller.tenant.name, tuple(meters), tuple(slots))
 
 
+def largest_request(caller: Caller) -> float:
+    """Tokens that a request may ever have under the rates; infinite without any."""
+    rates = [limits.tokens_per_min for _, limits in scopes(caller) if limits.tokens_per_min is not None]
+    return min(rates, default=math.inf)
+
+
 def quotas_of(caller: Caller, now: datetime) -> Iterator[Quota]:
     """The quotas that hold now."""
     today = now.astimezone(UTC).date()

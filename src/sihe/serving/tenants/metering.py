@@ -24,16 +24,25 @@ def start(
     begin: Callable[[GenerationRequest], Sequence[GenerationStream]],
     *,
     answers: int = 1,
+    judge: Callable[[], None] | None = None,
 ) -> tuple[Admission, list[GenerationStream]]:
     """Lets requests in together, and begins each in its caller's name; `begin` gives the streams of its `answers`.
 
-    The admission is finished when the last stream has ended. Raises as `Access.admit` and what `begin` raises; what had
-    begun is closed then.
+    `judge` comes between the two, and raises where nothing may begin. The admission is finished when the last stream
+    has ended. Raises as `Access.admit` and what `judge` and `begin` raise; what had begun is closed then.
     """
-    prompt, completion = estimate.of_generation(requests, answers=answers)
-    admission = access.admit(caller, deployment, prompt_tokens=prompt, completion_tokens=completion)
+    guess = estimate.of_generation(requests, answers=answers)
+    admission = access.admit(
+        caller,
+        deployment,
+        prompt_tokens=guess.prompt,
+        completion_tokens=guess.completion,
+        is_guess=guess.is_guess,
+    )
     groups: list[Sequence[GenerationStream]] = []
     try:
+        if judge is not None:
+            judge()
         for request in requests:
             groups.append(begin(admission.apply(request)))
     except BaseException:
