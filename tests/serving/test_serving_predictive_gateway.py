@@ -171,6 +171,14 @@ def test_settings_of_another_kind_are_refused(house: House, gateway: Gateway) ->
         gateway.deploy("other", "tiny", settings={"max_delay_ms": 1})
 
 
+def test_an_alias_that_leads_to_another_kind_changes_nothing(house: House, gateway: Gateway, tmp_path: Path) -> None:
+    other = gateway.workspace.tracking.register_model("scale", tiny_model(tmp_path / "tiny", config=tiny_config()))
+    gateway.move_alias("scale", "live", other.version)
+    with pytest.raises(ConfigError, match="deploy it again"):
+        gateway.wait_ready("scale", timeout_s=60)
+    assert infer(house.url)[0] == "1"
+
+
 def test_a_deployment_through_the_api(house: House, gateway: Gateway) -> None:
     body = {"name": "second", "target": "scale@2", "settings": {"max_batch_size": 4, "wait": "always"}}
     made = httpx.post(f"{house.url}/api/deployments", json=body, timeout=30)

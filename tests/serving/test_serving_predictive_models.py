@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from sihe.core.errors import AlreadyExists, ConfigError, CorruptData, InvalidInput, NotFound
+from sihe.serving.errors import NoMemory
+from sihe.serving.predictive import folder as model_folder
 from sihe.serving.predictive.backends.pytorch import pickles_in
 from sihe.serving.predictive.backends.trees import check_trees
 from sihe.serving.predictive.config import PredictiveConfig
@@ -332,6 +334,15 @@ def test_a_description_of_another_model_is_refused(tmp_path: Path, folders: dict
         (folder / "model.json").write_bytes(orjson.dumps(values | change))
         with pytest.raises((CorruptData, InvalidInput), match=said):
             Predictor.load(folder)
+
+
+def test_a_model_without_room_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (folders["onnx"] / "model.onnx").stat().st_size
+    monkeypatch.setattr(model_folder, "available_bytes", lambda: 2 * size)
+    Predictor.load(folders["onnx"]).close()
+    monkeypatch.setattr(model_folder, "available_bytes", lambda: 2 * size - 1)
+    with pytest.raises(NoMemory, match=r"model\.onnx needs"):
+        Predictor.load(folders["onnx"])
 
 
 def test_a_model_that_mixes_rows_is_found_when_it_is_saved(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ import orjson
 
 from sihe.core.errors import CorruptData, InvalidInput, NotFound
 from sihe.core.files import write_file
+from sihe.serving.engine.memory import available_bytes
+from sihe.serving.errors import NoMemory
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.datatypes import check_shape, datatype_of, from_json, numpy_type, to_json
 from sihe.serving.predictive.ports import Backend
@@ -29,6 +31,7 @@ DESCRIPTION = "model.json"
 EXAMPLE = "example.json"
 _ONNX = "model.onnx"
 _PICKLES = (".pkl", ".pickle", ".joblib", ".dill", ".cloudpickle", ".pth", ".pt", ".bin")
+_COPIES = 2  # of a file, while a library reads it and builds the model from it
 _MAX_BYTES = 8 * 2**20  # of either JSON file
 _KEYS = {"platform", "file", "batched", "inputs", "outputs", "made_with"}
 
@@ -110,10 +113,11 @@ def example_of(folder: Path, description: ModelDescription) -> dict[str, Array]:
 
 
 def open_backend(folder: Path, description: ModelDescription, config: PredictiveConfig) -> Backend:
-    """The model in memory, by the library of its platform. Raises what is wrong with the file, or `MissingExtra`."""
+    """The model in memory, by the library of its platform. Raises what is wrong with it, `NoMemory`, `MissingExtra`."""
     path = folder / description.file
     if not path.is_file():
         raise NotFound("file", str(path), hint=f"{DESCRIPTION} names it")
+    _check_memory(path)
     if description.platform == "sklearn_skops":
         from sihe.serving.predictive.backends.sklearn import SklearnBackend
 
@@ -125,6 +129,18 @@ def open_backend(folder: Path, description: ModelDescription, config: Predictive
     from sihe.serving.predictive.backends.onnx import OnnxBackend
 
     return OnnxBackend.load(path, description, config)
+
+
+def _check_memory(path: Path) -> None:
+    """Refuses a model while the system could still kill the process for it, beside those that serve."""
+    needed, available = _COPIES * path.stat().st_size, available_bytes()
+    if needed > available:
+        raise NoMemory(
+            path.name,
+            needed_bytes=needed,
+            available_bytes=available,
+            hint="remove another deployment first, or serve it on a larger machine",
+        )
 
 
 def tensor_spec(name: str, array: Array, *, batched: bool, labels: Sequence[str] = ()) -> TensorSpec:
