@@ -54,8 +54,8 @@ def arm_is_ready(gateway: Gateway, arm: str) -> Callable[[], bool]:
 def gateway(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     yield gateway
     monkeypatch.undo()
-    if any(rollout.is_active for rollout in gateway.traffic.rollouts("tiny")):
-        gateway.traffic.roll_back("tiny")
+    if any(rollout.is_active for rollout in gateway.rollouts.history("tiny")):
+        gateway.rollouts.roll_back("tiny")
     for arm in gateway.traffic.policy("tiny").arms:
         gateway.traffic.remove_arm("tiny", arm.name)
     gateway.traffic.set_shadow("tiny", None)
@@ -129,11 +129,11 @@ def test_an_unready_canary_gets_no_traffic_at_all(gateway: Gateway, monkeypatch:
         return load(cls, folder, *args, **fields)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Engine, "load", classmethod(held_load))
-    gateway.traffic.start_rollout("tiny", "tiny@2", Plan(steps=(Step(0.9, 1000),)))
+    gateway.rollouts.start("tiny", "tiny@2", Plan(steps=(Step(0.9, 1000),)))
     assert loading.wait(30)
     assert {ask(gateway, f"early{number}")[1] for number in range(40)} == {"tiny@1"}
     gateway.notify()
-    (rollout,) = [found for found in gateway.traffic.rollouts("tiny") if found.is_active]
+    (rollout,) = [found for found in gateway.rollouts.history("tiny") if found.is_active]
     assert rollout.state is RolloutState.RUNNING
     assert "cannot serve yet" in gateway.status("tiny").rollout_note
     go.set()
@@ -144,13 +144,13 @@ def test_an_unready_canary_gets_no_traffic_at_all(gateway: Gateway, monkeypatch:
 
 def test_a_failing_canary_harms_nobody_and_goes_back(gateway: Gateway, broken: int) -> None:
     expected = ask(gateway, "before")[2].text
-    gateway.traffic.start_rollout("tiny", f"tiny@{broken}", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
+    gateway.rollouts.start("tiny", f"tiny@{broken}", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
     until(gateway, arm_is_ready(gateway, "canary"))  # it loads and warms: only the requests show what it is
     for number in range(40):
         arm, served_by, answer = ask(gateway, f"r{number}")
         assert (arm, served_by, answer.text) == ("stable", "tiny@1", expected)
     until(gateway, lambda: not gateway.traffic.policy("tiny").arms)
-    (last, *_) = gateway.traffic.rollouts("tiny")
+    (last, *_) = gateway.rollouts.history("tiny")
     assert last.state is RolloutState.ROLLED_BACK
     assert "requests failed" in last.reason
     status = gateway.status("tiny")
@@ -164,9 +164,9 @@ def test_a_canary_that_cannot_be_loaded_goes_back(gateway: Gateway, tmp_path: Pa
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     corrupt = gateway.workspace.tracking.register_model("tiny", folder).version
-    gateway.traffic.start_rollout("tiny", f"tiny@{corrupt}", Plan(ready_s=1))
+    gateway.rollouts.start("tiny", f"tiny@{corrupt}", Plan(ready_s=1))
     until(gateway, lambda: not gateway.traffic.policy("tiny").arms)
-    last = gateway.traffic.rollouts("tiny")[0]
+    last = gateway.rollouts.history("tiny")[0]
     assert last.state is RolloutState.ROLLED_BACK
     assert "corrupt" in last.reason
     assert ask(gateway, "x")[1] == "tiny@1"
@@ -182,20 +182,20 @@ def test_a_good_canary_climbs_and_becomes_the_stable_version(gateway: Gateway, m
 
     monkeypatch.setattr(Engine, "load", classmethod(counted_load))
     plan = Plan(steps=(Step(0.3, 10, 0), Step(0.6, 10, 0)), gates=QUICK)
-    gateway.traffic.start_rollout("tiny", "tiny@2", plan)
+    gateway.rollouts.start("tiny", "tiny@2", plan)
     with pytest.raises(AlreadyExists):
-        gateway.traffic.start_rollout("tiny", "tiny@2", plan, arm="other")
+        gateway.rollouts.start("tiny", "tiny@2", plan, arm="other")
     with pytest.raises(InvalidInput):
         gateway.traffic.set_arm("tiny", "canary", "tiny@2", 0.9)
     number = 0
     weights = set()
-    while gateway.traffic.rollouts("tiny")[0].is_active:
+    while gateway.rollouts.history("tiny")[0].is_active:
         weights.add(gateway.traffic.policy("tiny").weights.get("canary"))
         number += 1
         assert number < 3000
         ask(gateway, f"g{number}")
     assert weights >= {0.3, 0.6}
-    assert gateway.traffic.rollouts("tiny")[0].state is RolloutState.PROMOTED
+    assert gateway.rollouts.history("tiny")[0].state is RolloutState.PROMOTED
     assert gateway.workspace.tracking.resolve("tiny@live").version == 2  # the deployment follows it, so it says so
     until(gateway, lambda: gateway.status("tiny").arms == ())
     assert {ask(gateway, f"h{number}")[:2] for number in range(20)} == {("stable", "tiny@2")}
@@ -205,21 +205,21 @@ def test_a_good_canary_climbs_and_becomes_the_stable_version(gateway: Gateway, m
 def test_another_process_promotes_pauses_and_rolls_back(gateway: Gateway) -> None:
     with Workspace(gateway.workspace.settings) as elsewhere:
         editor = Gateway(elsewhere)
-        editor.traffic.start_rollout("tiny", "tiny@2", Plan(steps=(Step(0.5, 1, 0),), gates=QUICK))
-        editor.traffic.pause("tiny")
+        editor.rollouts.start("tiny", "tiny@2", Plan(steps=(Step(0.5, 1, 0),), gates=QUICK))
+        editor.rollouts.pause("tiny")
         until(gateway, arm_is_ready(gateway, "canary"))
         for number in range(60):
             ask(gateway, f"q{number}")
         gateway.notify()
-        assert gateway.traffic.rollouts("tiny")[0].state is RolloutState.PAUSED
-        editor.traffic.roll_back("tiny")
+        assert gateway.rollouts.history("tiny")[0].state is RolloutState.PAUSED
+        editor.rollouts.roll_back("tiny")
         until(gateway, lambda: gateway.status("tiny").arms == ())
         with pytest.raises(NotFound):
-            editor.traffic.roll_back("tiny")
+            editor.rollouts.roll_back("tiny")
         gateway.deploy("tiny", "tiny@1", settings=gateway._store.get("tiny").settings)
-        editor.traffic.start_rollout("tiny", "tiny@2", Plan(steps=(Step(0.1, 1000),)))
+        editor.rollouts.start("tiny", "tiny@2", Plan(steps=(Step(0.1, 1000),)))
         until(gateway, arm_is_ready(gateway, "canary"))
-        editor.traffic.promote("tiny")
+        editor.rollouts.promote("tiny")
         until(gateway, lambda: gateway.status("tiny").version == 2 and gateway.status("tiny").arms == ())
         assert gateway.status("tiny").target == "tiny@2"  # it followed a version, so it follows the next one
         with pytest.raises(NotReady):
@@ -227,10 +227,10 @@ def test_another_process_promotes_pauses_and_rolls_back(gateway: Gateway) -> Non
 
 
 def test_a_promotion_that_was_cut_off_is_finished(gateway: Gateway) -> None:
-    rollout = gateway.traffic.start_rollout("tiny", "tiny@2", Plan(steps=(Step(0.1, 1000),)))
+    rollout = gateway.rollouts.start("tiny", "tiny@2", Plan(steps=(Step(0.1, 1000),)))
     until(gateway, arm_is_ready(gateway, "canary"))
-    gateway.traffic.advance(rollout, state=RolloutState.PROMOTING, reason="and then the power failed")
-    until(gateway, lambda: gateway.traffic.rollouts("tiny")[0].state is RolloutState.PROMOTED)
+    gateway.rollouts.advance(rollout, state=RolloutState.PROMOTING, reason="and then the power failed")
+    until(gateway, lambda: gateway.rollouts.history("tiny")[0].state is RolloutState.PROMOTED)
     assert gateway.workspace.tracking.resolve("tiny@live").version == 2
     until(gateway, lambda: gateway.status("tiny").version == 2)
 
@@ -241,7 +241,7 @@ def test_measurements_and_rollouts_go_on_after_a_restart(tmp_path: Path, gateway
         first.deploy("again", "tiny@1")
         with first:
             first.wait_ready("again", timeout_s=30)
-            first.traffic.start_rollout("again", "tiny@2", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
+            first.rollouts.start("again", "tiny@2", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
             until(first, lambda: len([arm for arm in first.status("again").arms if arm.version]) == 2)
             for number in range(30):
                 first.generate("again", REQUEST, Caller(f"r{number}")).result(30)
@@ -253,7 +253,7 @@ def test_measurements_and_rollouts_go_on_after_a_restart(tmp_path: Path, gateway
             after = second.traffic.experiment("again")
             assert after == before
             assert sum(arm.requests for arm in after.arms) == 30
-            assert second.traffic.rollouts("again")[0].is_active
+            assert second.rollouts.history("again")[0].is_active
             second.remove("again")
 
 

@@ -187,27 +187,27 @@ def _add_arms(routes: APIRouter, gateway: Gateway) -> None:
 
 
 def _add_rollouts(routes: APIRouter, gateway: Gateway) -> None:
-    traffic = gateway.traffic
+    rollouts = gateway.rollouts
 
     @routes.get("/api/deployments/{name}/rollouts", tags=["traffic"])
     def list_rollouts(name: str) -> list[Rollout]:
         """The latest rollouts, newest first."""
-        return traffic.rollouts(name)
+        return rollouts.history(name)
 
     @routes.post("/api/deployments/{name}/rollout", status_code=201, tags=["traffic"])
     def start_rollout(name: str, body: RolloutBody) -> Rollout:
         """Brings a version in, step by step, and back if it is worse."""
         plan = Plan.from_mapping(body.plan)
-        return traffic.start_rollout(name, body.target, plan, arm=body.arm, settings=body.settings)
+        return rollouts.start(name, body.target, plan, arm=body.arm, settings=body.settings)
 
     @routes.post("/api/deployments/{name}/rollout/{action}", tags=["traffic"])
     def steer_rollout(name: str, action: Literal["promote", "rollback", "pause", "resume"]) -> Rollout:
         """Promotes the canary, takes it away, lets it stay at its step, or go on."""
         if action == "promote":
-            return traffic.promote(name)
+            return rollouts.promote(name)
         if action == "rollback":
-            return traffic.roll_back(name)
-        return traffic.pause(name, paused=action == "pause")
+            return rollouts.roll_back(name)
+        return rollouts.pause(name, paused=action == "pause")
 
 
 def _add_findings(routes: APIRouter, gateway: Gateway) -> None:

@@ -23,7 +23,7 @@ def arms(name: _Name, as_json: _Json = False) -> None:
 
     with terminal.workspace() as workspace:
         gateway = Gateway(workspace)
-        policy, rollouts = gateway.traffic.policy(name), gateway.traffic.rollouts(name)
+        policy, rollouts = gateway.traffic.policy(name), gateway.rollouts.history(name)
         note = gateway.status(name).rollout_note
         try:
             report = gateway.traffic.experiment(name)
@@ -85,7 +85,7 @@ def canary(
         gates=Gates(max_error_rate, max_slowdown, max_slowdown, metric, max_drop),
     )
     with terminal.workspace() as workspace:
-        rollout = Gateway(workspace).traffic.start_rollout(name, target, plan)
+        rollout = Gateway(workspace).rollouts.start(name, target, plan)
     if as_json:
         terminal.emit(rollout, as_json=True)
     else:
@@ -99,7 +99,7 @@ def promote(name: _Name) -> None:
     from sihe.serving.gateway.gateway import Gateway
 
     with terminal.workspace() as workspace:
-        done = Gateway(workspace).traffic.promote(name)
+        done = Gateway(workspace).rollouts.promote(name)
     terminal.say(f"{name} answers with {done.model}@{done.version}")
 
 
@@ -108,7 +108,7 @@ def rollback(name: _Name) -> None:
     from sihe.serving.gateway.gateway import Gateway
 
     with terminal.workspace() as workspace:
-        Gateway(workspace).traffic.roll_back(name)
+        Gateway(workspace).rollouts.roll_back(name)
     terminal.say(f"{name} is rolled back")
 
 
@@ -117,7 +117,7 @@ def pause(name: _Name, resume: Annotated[bool, typer.Option("--resume", help="Go
     from sihe.serving.gateway.gateway import Gateway
 
     with terminal.workspace() as workspace:
-        found = Gateway(workspace).traffic.pause(name, paused=not resume)
+        found = Gateway(workspace).rollouts.pause(name, paused=not resume)
     terminal.say(f"the rollout of {name} is {found.state.value}")
 
 

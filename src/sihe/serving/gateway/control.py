@@ -1,4 +1,4 @@
-"""How requests of a deployment are dealt out, changed and looked at: arms, rollouts, shadow, logs, feedback.
+"""How requests of a deployment are dealt out, changed and looked at: arms, shadow, logs, feedback.
 
 What is changed is written into the records, from any process; the one that serves follows. Feedback and measurements
 are the serving process's own.
@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from sihe.core.errors import InvalidInput, NotFound
-from sihe.core.ids import new_id
 from sihe.core.workspace import Workspace
 from sihe.serving.errors import NotReady
 from sihe.serving.gateway.live import LiveDeployment, feedback_name
@@ -19,11 +18,11 @@ from sihe.serving.gateway.settings import ModelSettings, settings_for
 from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic import request_log
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
+from sihe.serving.gateway.traffic.pulse import Sample
 from sihe.serving.gateway.traffic.request_log import RequestRecord
-from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
-from sihe.serving.gateway.traffic.types import CANARY, SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
+from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
 
 
 class TrafficControl:
@@ -96,87 +95,6 @@ class TrafficControl:
             name, lambda policy: replace(policy, sticky=sticky, salt=policy.salt if salt is None else salt)
         )
 
-    # ---- rollouts ---------------------------------------------------------------------------------------------------
-
-    def start_rollout(
-        self,
-        name: str,
-        target: str,
-        plan: Plan | None = None,
-        *,
-        arm: str = CANARY,
-        settings: ModelSettings | Mapping[str, Any] | None = None,
-    ) -> Rollout:
-        """Begins to bring the version behind `target` in, step by step. The version is fixed now, whatever moves later.
-
-        Raises `NotFound`, and `AlreadyExists` while another rollout is on its way.
-        """
-        version = self._workspace.tracking.resolve(target)
-        now = self._workspace.clock.now()
-        rollout = Rollout(
-            id=new_id("roll"),
-            deployment=name,
-            arm=arm,
-            model=version.name,
-            version=version.version,
-            settings=self._settings(target, settings),
-            plan=plan or Plan(),
-            state=RolloutState.RUNNING,
-            step=0,
-            reason="",
-            started_at=now,
-            changed_at=now,
-        )
-        self._rollouts.begin(rollout)
-        self._notify()
-        return rollout
-
-    def rollouts(self, name: str) -> list[Rollout]:
-        """The latest rollouts, newest first."""
-        self._deployments.get(name)
-        return self._rollouts.history(name)
-
-    def active(self) -> dict[str, Rollout]:
-        """The rollouts that are on their way, by deployment."""
-        return self._rollouts.active()
-
-    def promote(self, name: str, *, reason: str = "promoted by hand") -> Rollout:
-        """Makes the canary the stable version now. Raises `NotFound`, `Busy`."""
-        seen = self._rollouts.of(name)
-        if seen.state is not RolloutState.PROMOTING:
-            seen = self._rollouts.move(seen, state=RolloutState.PROMOTING, reason=reason)
-        done = self.finish_promotion(seen)
-        self._notify()
-        return done
-
-    def finish_promotion(self, seen: Rollout) -> Rollout:
-        """The second half of a promotion, which a process that was killed may have left undone. May be repeated.
-
-        Where the deployment follows an alias of the same model, the alias moves: it says what is in production. Else
-        the deployment follows the version itself.
-        """
-        deployment = self._deployments.get(seen.deployment)
-        selector = deployment.selector
-        if deployment.model == seen.model and selector and not selector.isdigit():
-            self._workspace.tracking.set_alias(seen.model, selector, seen.version)
-        else:
-            selector = str(seen.version)
-        return self._rollouts.promoted(seen, selector=selector)
-
-    def roll_back(self, name: str, *, reason: str = "rolled back by hand") -> Rollout:
-        """Takes the canary away; the stable version was never touched. Raises `NotFound`, `Busy`."""
-        return self._move(name, RolloutState.ROLLED_BACK, reason)
-
-    def pause(self, name: str, *, paused: bool = True) -> Rollout:
-        """Lets the canary stay at its step, or go on. Raises `NotFound`, `Busy`."""
-        return self._move(name, RolloutState.PAUSED if paused else RolloutState.RUNNING, "")
-
-    def advance(
-        self, seen: Rollout, *, state: RolloutState | None = None, step: int | None = None, reason: str
-    ) -> Rollout:
-        """Moves a rollout on from how it was seen. Raises `Busy`."""
-        return self._rollouts.move(seen, state=state, step=step, reason=reason)
-
     # ---- what was measured ------------------------------------------------------------------------------------------
 
     def experiment(self, name: str) -> ExperimentReport:
@@ -204,6 +122,11 @@ class TrafficControl:
         live = self._live(name)
         return live.shadow_report() if live is not None else None
 
+    def pulse(self, name: str) -> list[Sample]:
+        """The last minutes of each arm, oldest first; empty where another process serves."""
+        live = self._live(name)
+        return live.pulse.samples() if live is not None else []
+
     def logs(self, name: str, *, arm: str | None = None, limit: int | None = 100) -> list[RequestRecord]:
         """Logged requests, newest first."""
         return request_log.read(self._workspace.path("lake"), deployment=name, arm=arm, limit=limit)
@@ -228,11 +151,3 @@ class TrafficControl:
         policy = self._deployments.change_traffic(name, change).traffic
         self._notify()
         return policy
-
-    def _move(self, name: str, state: RolloutState, reason: str) -> Rollout:
-        seen = self._rollouts.of(name)
-        if seen.state is RolloutState.PROMOTING:
-            raise InvalidInput(f"the rollout of {name!r} is being promoted and cannot become {state.value}")
-        moved = seen if seen.state is state else self._rollouts.move(seen, state=state, reason=reason)
-        self._notify()
-        return moved

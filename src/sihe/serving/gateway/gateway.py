@@ -24,6 +24,7 @@ from sihe.serving.gateway.control import TrafficControl
 from sihe.serving.gateway.live import LiveDeployment
 from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig
 from sihe.serving.gateway.replicas.ports import Load, Served
+from sihe.serving.gateway.rollouts import RolloutControl
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.settings import ModelSettings, check_kind, settings_for
 from sihe.serving.gateway.store import REPORT_INTERVAL_S, DeploymentStore
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 class Gateway:
     """Deployments of one workspace. Without `start` it reads and writes what is wanted and serves nothing.
 
-    `traffic` deals requests out between versions. `poll_interval_s` bounds how long a change made by another process
-    goes unseen.
+    `traffic` deals requests out between versions, and `rollouts` brings new ones in. `poll_interval_s` bounds how long
+    a change made by another process goes unseen.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Gateway:
         self.traffic = TrafficControl(
             workspace, self._store, live=lambda name: self._live.get(name), notify=self.notify
         )
+        self.rollouts = RolloutControl(workspace, self._store, notify=self.notify)
         self._experiments = ExperimentStore(workspace.records, workspace.clock)
         self._request_log: RequestLog | None = None
         self._presence = Presence()
@@ -158,8 +160,14 @@ class Gateway:
         self._synchronise()
         self._watcher.start()
 
-    def close(self, *, drain: bool = True) -> None:
-        """Stops serving and frees every model: after the running streams, or at once without `drain`."""
+    @property
+    def is_serving(self) -> bool:
+        """Whether this process follows what is deployed and takes requests."""
+        return self._watcher is not None
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Stops serving and frees every model: after the running streams, which have `timeout_s` (then those that are
+        left end with an error), or at once without `drain`."""
         if self._watcher is None:
             return
         self._stop.set()
@@ -167,8 +175,15 @@ class Gateway:
         self._watcher = None
         with self._synchronising:
             deployments, self._live = list(self._live.values()), {}
+        closing = [
+            threading.Thread(target=live.close, kwargs={"drain": drain, "timeout_s": timeout_s}, name="close")
+            for live in deployments
+        ]
+        for thread in closing:  # all at once: the time that there is is the same for each
+            thread.start()
+        for thread in closing:
+            thread.join()
         for live in deployments:
-            live.close(drain=drain)
             self._save(live)
         for thread in self._closing:
             thread.join()
@@ -193,7 +208,7 @@ class Gateway:
         with self._synchronising:
             try:
                 wanted = {deployment.name: deployment for deployment in self._store.all()}
-                rollouts = self.traffic.active()
+                rollouts = self.rollouts.active()
             except Exception as error:  # noqa: BLE001 - see above
                 self._log.warning("records_poll_failed", error=repr(error))
                 return
@@ -203,7 +218,7 @@ class Gateway:
                 rollout = rollouts.get(name)
                 live = self._follow(deployment, rollout)
                 if rollout is not None and self._roll(live, rollout):
-                    self._follow(self._store.get(name), self.traffic.active().get(name))
+                    self._follow(self._store.get(name), self.rollouts.active().get(name))
             self._report()
 
     def _follow(self, deployment: Deployment, rollout: Rollout | None) -> LiveDeployment:
@@ -237,7 +252,7 @@ class Gateway:
         self._notes.pop(live.name, None)
         try:
             if rollout.state is RolloutState.PROMOTING:
-                self.traffic.finish_promotion(rollout)
+                self.rollouts.finish(rollout)
                 return True
             sight = live.sight(rollout)
             if sight is None:
@@ -248,12 +263,12 @@ class Gateway:
                 return False
             self._log.info("rollout_moves", deployment=live.name, move=decision.move.value, reason=decision.reason)
             if decision.move is Move.ADVANCE:
-                self.traffic.advance(rollout, step=rollout.step + 1, reason=decision.reason)
+                self.rollouts.advance(rollout, step=rollout.step + 1, reason=decision.reason)
             elif decision.move is Move.ROLL_BACK:
-                self.traffic.advance(rollout, state=RolloutState.ROLLED_BACK, reason=decision.reason)
+                self.rollouts.advance(rollout, state=RolloutState.ROLLED_BACK, reason=decision.reason)
             else:
-                promoting = self.traffic.advance(rollout, state=RolloutState.PROMOTING, reason=decision.reason)
-                self.traffic.finish_promotion(promoting)
+                promoting = self.rollouts.advance(rollout, state=RolloutState.PROMOTING, reason=decision.reason)
+                self.rollouts.finish(promoting)
         except Exception as error:  # noqa: BLE001 - see above
             self._log.warning("rollout_not_moved", deployment=live.name, error=repr(error))
             return False

@@ -26,6 +26,7 @@ from sihe.serving.gateway.traffic.handover import Handover
 from sihe.serving.gateway.traffic.metrics import TrafficMetrics
 from sihe.serving.gateway.traffic.outcome import Observation, Outcome
 from sihe.serving.gateway.traffic.presence import Presence
+from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
 from sihe.serving.gateway.traffic.rollout import Rollout, RolloutState, Sight
 from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
@@ -83,6 +84,7 @@ class LiveDeployment:
             self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
         )
         self._saved: tuple[int, int] | None = None
+        self.pulse = Pulse(clock.monotonic_s())
 
     @property
     def stable(self) -> Route:
@@ -193,6 +195,7 @@ class LiveDeployment:
         stream.watch(observe)
 
     def _end(self, passage: _Passage, served_by: str, outcome: Outcome) -> None:
+        self.pulse.record(passage.arm, outcome)
         metrics, labels = self._metrics, (self.name, passage.arm)
         metrics.requests.labels(*labels, outcome.ending).inc()
         if outcome.ending == "finished":
@@ -253,6 +256,7 @@ class LiveDeployment:
         self._renew_shadow(deployment)
         self._note_readiness()
         self._renew_experiment(wants)
+        self._sample()
         return retired
 
     def _adopt(
@@ -301,6 +305,17 @@ class LiveDeployment:
             self._request_log.offer(
                 self._entry(caller, SHADOW, found.served_by, found.request, found.shadow, found.agreement)
             )
+
+    def _sample(self) -> None:
+        now_s = self._clock.monotonic_s()
+        if not self.pulse.is_due(now_s):
+            return
+        loads = {}
+        for arm, route in self._routes.items():
+            replicas = route.replicas()
+            kv_used = sum(replica.kv_used for replica in replicas) / max(1, len(replicas))
+            loads[arm] = ArmLoad(sum(replica.in_flight for replica in replicas), kv_used)
+        self.pulse.tick(now_s, loads)
 
     def _note_readiness(self) -> None:
         now_s = self._clock.monotonic_s()
