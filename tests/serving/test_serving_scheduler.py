@@ -98,6 +98,7 @@ class Simulation:
         for id in plan.preempted:
             self.computed[id] = 0
             self.traces[id].preemptions += 1
+            assert self.tables[id].blocks == [] or id in plan.admitted
         held: dict[int, int] = {}  # a block with what nobody has computed yet belongs to one sequence alone
         for chunk in chunks:
             blocks = self.tables[chunk.id].blocks
@@ -223,6 +224,27 @@ def test_who_is_more_urgent_takes_the_place_of_who_is_less() -> None:
     assert [trace.preemptions for trace in traces] == [0, 1, 0]
     same = [Arrival(item.at_step, item.prompt, item.answer) for item in (*slow, urgent)]
     assert Simulation(same, max_running=2, budget=100).run()[2].token_steps[0] >= 50
+
+
+@pytest.mark.parametrize("wanted", [80, 150])
+def test_who_gives_way_in_vain_is_not_read_meanwhile(wanted: int) -> None:
+    """Urgent ones of 80 tokens find room when the slow one leaves; of 150 they do not, whoever leaves."""
+    pool = BlockPool(16)
+    scheduler = Scheduler(pool, max_running=4, token_budget=60)
+    slow, first, second = (BlockTable(pool, ROOT, []) for _ in range(3))
+    scheduler.add(0, 100, first, priority=0)
+    scheduler.plan()
+    scheduler.advance(0, computed=60, length=100)
+    scheduler.add(1, 100, slow, priority=1)
+    scheduler.plan()
+    scheduler.advance(0, computed=100, length=101)
+    scheduler.advance(1, computed=20, length=100)
+    scheduler.add(2, wanted, second, priority=0)
+    plan = scheduler.plan()
+    assert plan.preempted == ((1,) if wanted == 80 else ())
+    assert plan.admitted == ((2,) if wanted == 80 else ())
+    assert [chunk.id for chunk in plan.prefill] == ([2] if wanted == 80 else [1])
+    assert (len(slow.blocks) == 0) == (wanted == 80)
 
 
 def test_prompts_that_begin_alike_are_read_once() -> None:

@@ -205,6 +205,8 @@ class Scheduler:
         deferred: set[int] = set()
         is_open = self._may_admit() and not draft.preempted  # what was just taken is for those in the batch
         while draft.budget > 0:
+            for id in draft.preempted:
+                reading.pop(id, None)
             waiting = self._next_waiting(deferred) if is_open else None
             entry = min(reading.values(), key=self._turn, default=None)
             if waiting is not None and (entry is None or self._goes_before(waiting, entry)):
@@ -217,8 +219,6 @@ class Scheduler:
             else:
                 del reading[entry.place.id]
             is_open &= self._read(entry, draft)
-            for id in draft.preempted:
-                reading.pop(id, None)
 
     def _may_admit(self) -> bool:
         """Whether a place in the batch is free, or can be taken from somebody with a higher number."""
@@ -282,7 +282,7 @@ class Scheduler:
             needed = blocks_of(waiting.length) - len(blocks) + self.pool.num_unheld(blocks)
             if len(self._running) < self.max_running and needed + owed <= self.pool.num_available:
                 break
-            if not self._running or self._running[-1].place.priority <= waiting.place.priority:
+            if not self._may_be_made(waiting, needed):
                 return False
             self._preempt(self._running[-1], draft)
         place = waiting.place
@@ -297,6 +297,15 @@ class Scheduler:
         draft.admitted.append(place.id)
         draft.hit_tokens += waiting.computed
         return True
+
+    def _may_be_made(self, waiting: _Entry, blocks: int) -> bool:
+        """Whether `waiting` could join if everybody with a higher number left, as far as can be told beforehand."""
+        others = [entry for entry in self._running if entry.place.priority <= waiting.place.priority]
+        if len(others) in (len(self._running), self.max_running):
+            return False
+        owed = sum(other.table.missing(other.length) + 1 for other in others)
+        freed = sum(len(entry.table.blocks) for entry in self._running[len(others) :])  # less where blocks are shared
+        return blocks + owed <= self.pool.num_available + freed
 
     def _reusable(self, entry: _Entry) -> list[bytes]:
         """Keys of the blocks that may be found: not the one with the last token, whose output is wanted."""
