@@ -166,9 +166,13 @@ class _Product:
 
 
 class Lora:
-    """The adapters of one model, from `apply_lora`. At most one is active, or a batch chooses by row."""
+    """The adapters of one model, from `apply_lora`. At most one is active, or a batch chooses by row.
 
-    def __init__(self, model: Decoder) -> None:
+    They live on `device`, by default each beside the weights that it changes.
+    """
+
+    def __init__(self, model: Decoder, device: torch.device | None = None) -> None:
+        self._device = device
         self._choice = _Choice()
         self._configs: dict[str, LoraConfig] = {}
         self._products = []
@@ -215,7 +219,7 @@ class Lora:
             layout = product.adapters.layout
             if any(part in config.targets for part in layout.parts):
                 rows, columns, device = _shape(product.module)
-                adapter = Adapter(config, layout, rows, columns, device)
+                adapter = Adapter(config, layout, rows, columns, self._device or device)
                 product.adapters.by_name[name] = adapter.train(product.module.training).requires_grad_(False)
         self._configs[name] = config
 
@@ -288,6 +292,13 @@ class Lora:
             if name in product.adapters.by_name:
                 adapter = _adapter(product.adapters, name)
                 yield from ((f"{product.name}.{part}", a, b) for part, a, b in adapter.matrices())
+
+    def adapters(self, name: str) -> Iterator[tuple[int, Adapter]]:
+        """What the adapter is of each product that it changes, with the number of its layer. Raises `NotFound`."""
+        self.config(name)
+        for product in self._products:
+            if name in product.adapters.by_name:
+                yield int(product.name.split(".")[2]), _adapter(product.adapters, name)
 
     def merge(self) -> None:
         """Adds the active adapter to the weights: it then costs nothing to run, and `save_model` writes the sum.

@@ -27,6 +27,9 @@ class EngineConfig:
     them. `token_budget` bounds the tokens of one step: every running sequence decodes one, and prompts are read in
     chunks within what remains, so it bounds how long a long prompt can delay everyone else's next token.
 
+    `max_adapters` LoRA adapters can be loaded at once, beside each other in one batch; `adapters` are those to load
+    from the start, each as `name=folder`.
+
     `speculation` tries up to `draft_tokens` further tokens in a step while that pays, and changes no answer's
     distribution: `ngram` proposes what followed the last tokens when they came before; `draft` asks the model in the
     folder `draft_model`, which knows the same tokens and gets a cache as large as `kv_cache_bytes` allows of its own.
@@ -44,6 +47,8 @@ class EngineConfig:
     speculation: SpeculationKind = "none"
     draft_model: str | None = None
     draft_tokens: int = 4
+    max_adapters: int = 0
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -70,6 +75,18 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
+        object.__setattr__(self, "adapters", tuple(self.adapters))  # JSON has lists
+        if not isinstance(self.max_adapters, int) or isinstance(self.max_adapters, bool) or self.max_adapters < 0:
+            raise ConfigError(
+                f"max_adapters is a whole number of 0 or more, got {self.max_adapters!r}", key="max_adapters"
+            )
+        if not all(isinstance(adapter, str) and all(adapter.partition("=")) for adapter in self.adapters):
+            raise ConfigError(f"adapters are given as name=folder, got {self.adapters!r}", key="adapters")
+        if len(self.adapters) > self.max_adapters:
+            raise ConfigError(
+                f"max_adapters = {self.max_adapters} holds fewer than the {len(self.adapters)} adapters that are named",
+                key="max_adapters",
+            )
         if (self.speculation == "draft") != (self.draft_model is not None):
             raise ConfigError(
                 "draft_model is the folder of a model for speculation = 'draft': give both or neither",

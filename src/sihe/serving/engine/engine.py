@@ -20,6 +20,7 @@ from pathlib import Path
 from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import CorruptData, InvalidInput
 from sihe.core.telemetry import logger
+from sihe.serving.engine.adapters import AdapterPlace, AdapterShelf, EngineAdapters
 from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.draft import load_proposer
@@ -71,10 +72,13 @@ class Engine:
         self._speculation = (
             None if proposer is None else Speculation(proposer, most=config.draft_tokens, clock=self._clock)
         )
+        self._shelf = AdapterShelf(config.max_adapters)
+        self.adapters = EngineAdapters(self._shelf, runner.config, self._do_between_steps)
         self._ids = count()
         self._mean_request_s = 1.0
         # Shared with callers, under the condition; everything else belongs to the engine's thread.
         self._changed = threading.Condition()
+        self._between: deque[Callable[[], None]] = deque()  # to be done between two steps
         self._inbox: deque[tuple[int, Sequence | None]] = deque()  # None: abort
         self._sequences: dict[int, Sequence] = {}
         self._closing = False
@@ -104,7 +108,15 @@ class Engine:
                 hint="these are the files of two different models",
             )
         proposer = load_proposer(config, tokenizer, runner)
-        return cls(runner, tokenizer, config, name=name or model_folder.name, proposer=proposer, observer=observer)
+        engine = cls(runner, tokenizer, config, name=name or model_folder.name, proposer=proposer, observer=observer)
+        try:
+            for adapter in config.adapters:
+                adapter_name, _, folder = adapter.partition("=")
+                engine.adapters.load(adapter_name, Path(folder))
+        except BaseException:
+            engine.close(drain=False)
+            raise
+        return engine
 
     # ---- the caller's side ------------------------------------------------------------------------------------------
 
@@ -115,8 +127,22 @@ class Engine:
 
         With a `relay` what the engine says goes there, on the engine's thread.
 
-        Raises `ContextTooLong`, `InvalidInput`, `QueueFull`, `EngineClosed`, `EngineDead`.
+        Raises `ContextTooLong`, `InvalidInput`, `NotFound` for an adapter, `QueueFull`, `EngineClosed`, `EngineDead`.
         """
+        adapter = self._shelf.hold(request.adapter)
+        try:
+            return self._submit(request, adapter, on_done, relay)
+        except BaseException:
+            self._shelf.release(adapter)
+            raise
+
+    def _submit(
+        self,
+        request: GenerationRequest,
+        adapter: AdapterPlace,
+        on_done: Callable[[], None] | None,
+        relay: Relay | None,
+    ) -> GenerationStream:
         prompt = self._tokens(request)
         room = self.context_tokens - len(prompt)
         if room < (0 if request.max_tokens == 0 else 1):
@@ -137,7 +163,8 @@ class Engine:
             stream=GenerationStream(id, self.name, abort=self._abort, relay=relay),
             on_done=on_done,
             submitted_s=self._clock.monotonic_s(),
-            table=self._table(request, prompt),
+            table=self._table(request, prompt, adapter),
+            adapter=adapter,
             index=PromptIndex(prompt) if self.config.speculation == "ngram" else None,
         )
         with self._changed:
@@ -192,9 +219,9 @@ class Engine:
 
     def _tokens(self, request: GenerationRequest) -> list[int]:
         if request.messages is not None:
-            prompt = self.tokenizer.encode_chat(request)
+            prompt = self.tokenizer.encode_chat(request, limit=self.context_tokens)
         elif isinstance(request.prompt, str):
-            prompt = self.tokenizer.encode(request.prompt)
+            prompt = self.tokenizer.encode(request.prompt, limit=self.context_tokens)
         else:
             prompt = list(request.prompt or ())
             for token in prompt:
@@ -204,9 +231,9 @@ class Engine:
             raise InvalidInput("the prompt has no tokens: write something")
         return prompt
 
-    def _table(self, request: GenerationRequest, prompt: list[int]) -> BlockTable:
+    def _table(self, request: GenerationRequest, prompt: list[int], adapter: AdapterPlace) -> BlockTable:
         """Where the sequence will live, with the keys of its prompt's blocks, hashed on the caller's thread."""
-        scope = (self.name.encode(), request.adapter.encode(), request.cache_salt.encode())
+        scope = (self.name.encode(), adapter.key, request.cache_salt.encode())
         root = root_key(self._secret, *scope)
         return BlockTable(self._pool, root, chain(root, prompt))
 
@@ -222,6 +249,27 @@ class Engine:
         if waiting >= self.config.max_waiting + free:
             rounds = waiting / self._scheduler.max_running
             raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, rounds * self._mean_request_s)))
+
+    def _do_between_steps(self, task: Callable[[ModelRunner], None]) -> None:
+        """Runs `task` on the engine's thread while no step runs; raises what it raises, and `EngineClosed`."""
+        done, failures = threading.Event(), list[BaseException]()
+
+        def run() -> None:
+            try:
+                if self._runner is None:
+                    raise EngineClosed(f"engine {self.name} was closed")
+                task(self._runner)
+            except BaseException as error:  # noqa: BLE001 - it is the caller's
+                failures.append(error)
+            done.set()
+
+        with self._changed:
+            self._check_open()
+            self._between.append(run)
+            self._changed.notify()
+        done.wait()
+        if failures:
+            raise failures[0]
 
     def _abort(self, id: int) -> None:
         with self._changed:
@@ -252,18 +300,24 @@ class Engine:
             if self._speculation is not None:
                 self._speculation.close()
             self._runner = None
+            while self._between:
+                self._between.popleft()()
             self._observer.on_close()
             atexit.unregister(self.close)
 
     def _take_inbox(self) -> bool:
         """Waits for work and takes in what has come; false when the engine is to end."""
         with self._changed:
-            while not (self._inbox or self._sequences or self._closing):
+            while not (self._inbox or self._sequences or self._between or self._closing):
                 self._changed.wait()
-            if self._abandon:
-                return False
+            tasks = [self._between.popleft() for _ in range(len(self._between))]
+            abandon = self._abandon
             arrived = list(self._inbox)
             self._inbox.clear()
+        for task in tasks:
+            task()
+        if abandon:
+            return False
         for id, sequence in arrived:
             if sequence is None:
                 self._leave(id, "aborted")
@@ -429,6 +483,7 @@ class Engine:
         if sequence is None:
             return None
         self._scheduler.remove(id)
+        self._shelf.release(sequence.adapter)
         if self._speculation is not None:
             self._speculation.forget(sequence)
         now_s = self._clock.monotonic_s()

@@ -14,6 +14,7 @@ from sihe.core.errors import ConfigError, CorruptData, InternalError, NotFound
 from sihe.models.checkpoint import load_model
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.models.lora import Lora
 from sihe.models.precision import has_bf16
 from sihe.serving.engine.compute.cpu.support import WeightKind, is_supported
 from sihe.serving.engine.compute.paged import TorchCompute
@@ -73,7 +74,9 @@ class ModelRunner:
         if on_kernels:
             from sihe.serving.engine.compute.cpu.compute import CpuCompute
 
-            compute = CpuCompute(model, pages, kind, threads=config.threads, keep=keep_model)
+            compute = CpuCompute(
+                model, pages, kind, threads=config.threads, keep=keep_model, max_adapters=config.max_adapters
+            )
         else:
             compute = TorchCompute(model.to(device), pages)
         return cls(model_config, compute, pages, context=context, model=model if keep_model else None)
@@ -88,6 +91,10 @@ class ModelRunner:
     def refresh(self) -> None:
         """Serves the weights that `model` has now. Nothing may run meanwhile, and cached keys and values are stale."""
         self._compute.refresh(self.model)
+
+    def set_adapter(self, number: int, lora: Lora | None) -> None:
+        """Puts an adapter (see `adapters.read_adapter`) in its place, or takes it out; between two steps."""
+        self._compute.set_adapter(number, lora)
 
     def close(self) -> None:
         """Ends what computes; the runner is not used again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sihe.serving.engine.adapters import AdapterPlace
 from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockTable, chain
 from sihe.serving.engine.ports import Outcome, RequestStats
@@ -28,6 +29,7 @@ class Sequence:
     on_done: Callable[[], None] | None
     submitted_s: float
     table: BlockTable
+    adapter: AdapterPlace
     output: list[int] = field(default_factory=list)
     scored: list[Scored] = field(
         default_factory=list

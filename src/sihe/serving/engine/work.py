@@ -57,7 +57,7 @@ class Work:
             targets = tuple(sequence.prompt[chunk.start + 1 : end + 1])
             wanted = chunk.length
         tokens = [*sequence.tokens(chunk.start, end), *proposal.tokens]
-        feed = Feed(tokens, chunk.start, sequence.table.blocks, num_logits=wanted)
+        feed = Feed(tokens, chunk.start, sequence.table.blocks, num_logits=wanted, adapter=sequence.adapter.number)
         return cls(chunk, feed, draws, targets, sequence.request.logprobs or 0, proposal)
 
 

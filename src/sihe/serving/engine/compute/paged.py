@@ -8,11 +8,15 @@ S tokens in the gathered blocks, C tokens of one feed.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sihe.models.decoder import Decoder
+from sihe.models.lora import Lora
+from sihe.serving.engine.adapters import ADAPTER
 from sihe.serving.engine.compute.step import Step
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS
 from sihe.serving.engine.kv.storage import KvPages
@@ -25,16 +29,39 @@ class TorchCompute:
         self._model = model
         self._pages = pages
         self._device = model.embedding.weight.device
+        self._lora: Lora | None = None
 
     def forward(self, step: Step) -> Tensor:
         """One pass over the step's tokens."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._adapters(step):
             attend = PagedAttention(self._pages, step, self._model.config.attention.window)
             tokens_1T = torch.from_numpy(step.tokens).long()[None].to(self._device)
             positions_1T = torch.from_numpy(step.positions).long()[None].to(self._device)
             x_TD = self._model.hidden(tokens_1T, positions_1T, attend)[0]
             wanted_O = torch.from_numpy(step.wanted).long().to(self._device)
             return self._model.logits(x_TD[wanted_O]).float()
+
+    def _adapters(self, step: Step) -> AbstractContextManager[None]:
+        if self._lora is None or not step.adapters.any():
+            return nullcontext()
+        place = {0: -1} | {int(name): index for index, name in enumerate(self._lora.names)}
+        chosen_T = [place.get(number, -1) for number in step.adapters[step.feed].tolist()]
+        return self._lora.by_row(torch.tensor([chosen_T], device=self._device))
+
+    def set_adapter(self, number: int, lora: Lora | None) -> None:
+        """Puts the adapter's matrices onto the model, or takes them away."""
+        if self._lora is None:
+            self._lora = Lora(self._model)
+        name = str(number)
+        if name in self._lora.names:
+            self._lora.remove(name)
+        if lora is None:
+            return
+        self._lora.add(name, lora.config(ADAPTER))
+        with torch.no_grad():
+            for (_, *ours), (_, *theirs) in zip(self._lora.matrices(name), lora.matrices(ADAPTER), strict=True):
+                for mine, given in zip(ours, theirs, strict=True):
+                    mine.copy_(given)
 
     def refresh(self, model: Decoder) -> None:
         """Computes with `model` from now on."""

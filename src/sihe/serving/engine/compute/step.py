@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sihe.models.decoder import Decoder
+from sihe.models.lora import Lora
 
 Ints = NDArray[np.int32]
 
@@ -76,6 +77,10 @@ class Compute(Protocol):
 
     def forward(self, step: Step) -> Tensor:
         """Logits of the wanted tokens, float32 [O, V]; good until the next step. Keys and values are in their pages."""
+        ...
+
+    def set_adapter(self, number: int, lora: Lora | None) -> None:
+        """What the adapter of that number is from now on; None: nothing. No step runs meanwhile."""
         ...
 
     def refresh(self, model: Decoder) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from sihe.core.errors import InternalError
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.models.lora import Lora
+from sihe.serving.engine.compute.cpu.adapters import AdapterTables
 from sihe.serving.engine.compute.cpu.kernels import ATTEND_ROWS, STEP_WIDTH, TILE_PAGES
 from sihe.serving.engine.compute.cpu.program import Program, Weights
 from sihe.serving.engine.compute.cpu.support import WeightKind
@@ -39,11 +41,13 @@ class CpuCompute:
         head: WeightKind | None = None,
         threads: int | None = None,
         keep: bool = False,
+        max_adapters: int = 0,
     ) -> None:
         self._config: ModelConfig = model.config
         self._pages = pages
         self._kinds = (KINDS[kind], KINDS[head or kind])
         self._weights = Weights(model, *self._kinds, keep=keep)
+        self._adapters = AdapterTables(self._config, self._weights, max_adapters)
         self._team = Team(threads or cores())
         self._program = self._sized(_ROWS, _WANTED)
         self._group = self._config.num_heads // self._config.num_kv_heads
@@ -66,6 +70,10 @@ class CpuCompute:
         self._team.run(program.ops, given)
         return torch.from_numpy(program.logits.data)[:wanted, : self._config.vocab_size]
 
+    def set_adapter(self, number: int, lora: Lora | None) -> None:
+        """Where the operations find the adapter's matrices from now on."""
+        self._adapters.put(number, lora)
+
     def refresh(self, model: Decoder) -> None:
         """Packs the weights that `model` has now."""
         self._weights = Weights(model, *self._kinds, keep=True)
@@ -76,7 +84,7 @@ class CpuCompute:
         self._team.close()
 
     def _sized(self, rows: int, wanted: int) -> Program:
-        return Program(self._config, self._weights, self._pages, rows=rows, wanted=wanted)
+        return Program(self._config, self._weights, self._pages, self._adapters, rows=rows, wanted=wanted)
 
     def _numbers(self, step: Step, program: Program) -> tuple[NDArray[np.int64], list[NDArray[np.generic]]]:
         """What the operations are told of the step, and the arrays that it points at."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -119,6 +119,13 @@ class Weights:
             if not keep:
                 block.to("meta")
 
+    def outputs(self, layer: int) -> tuple[int, int, int, int]:
+        """Padded outputs of the products that adapters can change: qkv, out, gate and up, down."""
+        found = self.layers[layer]
+        mlp = found.mlp
+        up, down = (0, 0) if isinstance(mlp, Mixture) else (mlp.up.outputs, mlp.down.outputs)
+        return found.qkv.outputs, found.out.outputs, up, down
+
     @property
     def size_bytes(self) -> int:
         """Bytes of weights that one token reads (of a mixture: all experts)."""
@@ -131,14 +138,37 @@ class Weights:
         return sum(matrix.size_bytes for matrix in matrices)
 
 
+class AdapterSource(Protocol):
+    """Where the operations find adapters."""
+
+    @property
+    def places(self) -> int:
+        """How many there can be."""
+        ...
+
+    def at(self, layer: int, product: int) -> int:
+        """The address of one product's table, by number: A, B, rank."""
+        ...
+
+
 class Program:
     """The operations for steps of up to `rows` tokens and `wanted` logits, and the buffers that they use."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, pages: KvPages, *, rows: int, wanted: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        pages: KvPages,
+        adapters: AdapterSource,
+        *,
+        rows: int,
+        wanted: int,
+    ) -> None:
         self.rows, self.wanted = rows, wanted
         self._config = config
         self._weights = weights
         self._pages = pages
+        self._adapters = adapters
         self._kept: list[Any] = []  # what the operations point at
         self._ops: list[list[int]] = []
         self._rotary = _rotary(config)
@@ -170,15 +200,17 @@ class Program:
         for index, layer in enumerate(weights.layers):
             self._normalise(TOKENS, layer.attention_norm, stream, normed, layer.qkv)
             self._multiply(TOKENS, layer.qkv, normed, projected)
+            self._adapt(index, 0, normed, config.hidden_size, projected)
             self._attend(index, layer, projected, queries, mixed)
             if layer.out.is_quantised:
                 self._normalise(TOKENS, None, mixed.exact, mixed, layer.out)
             self._multiply(TOKENS, layer.out, mixed, stream, add=True)
+            self._adapt(index, 1, mixed, config.num_heads * config.head_dim, stream)
             if isinstance(layer.mlp, Mixture):
                 self._mixture(layer.mlp, layer.mlp_norm, stream, normed)
             else:
                 self._normalise(TOKENS, layer.mlp_norm, stream, normed, layer.mlp.up)
-                self._feedforward(TOKENS, layer.mlp, normed, stream, rows)
+                self._feedforward(TOKENS, layer.mlp, normed, stream, rows, layer=index)
         last = self._input(self.wanted, _up(config.hidden_size))
         self.logits = self._buffer(self.wanted, weights.head.outputs)
         self._normalise(WANTED, weights.norm, stream, last, weights.head, gather=self._last_rows.ctypes.data)
@@ -215,6 +247,11 @@ class Program:
             stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes,
         )  # fmt: skip
 
+    def _adapt(self, layer: int, product: int, x: _Input, inputs: int, y: _Buffer) -> None:
+        if self._adapters.places:
+            table = self._adapters.at(layer, product)
+            self._add(Code.ADAPT, TOKENS, *x.exact.ends, *y.ends, inputs, y.width, table)
+
     def _attend(self, index: int, layer: Layer, projected: _Buffer, queries: _Buffer, mixed: _Input) -> None:
         config, pages = self._config, self._pages
         keys, values = pages.keys[index], pages.values[index]
@@ -237,17 +274,30 @@ class Program:
         )
 
     def _feedforward(
-        self, which: int, mlp: Feedforward, x: _Input, y: _Buffer, rows: int, *, offsets: int = 0, add: bool = True
+        self,
+        which: int,
+        mlp: Feedforward,
+        x: _Input,
+        y: _Buffer,
+        rows: int,
+        *,
+        layer: int | None = None,
+        offsets: int = 0,
+        add: bool = True,
     ) -> None:
         wide = self._buffer(rows, mlp.up.outputs)
         narrow = self._input(rows, mlp.down.inputs)
         size = mlp.up.outputs // (2 if mlp.gated else 1)
         self._multiply(which, mlp.up, x, wide, offsets=offsets)
+        if layer is not None and mlp.gated:
+            self._adapt(layer, 2, x, self._config.hidden_size, wide)
         self._add(
             Code.ACTIVATE, which, mlp.activation, *wide.ends, size, int(mlp.gated), *narrow.exact.ends,
             *narrow.quantised(mlp.down),
         )  # fmt: skip
         self._multiply(which, mlp.down, narrow, y, add=add, offsets=offsets)
+        if layer is not None and mlp.gated:
+            self._adapt(layer, 3, narrow, self._config.intermediate_size, y)
 
     def _mixture(self, mixture: Mixture, norm: Norm, stream: _Buffer, normed: _Input) -> None:
         rows, chosen = self.rows, mixture.chosen
