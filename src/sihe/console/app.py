@@ -82,6 +82,12 @@ def create_app(workspace: Workspace) -> FastAPI:
     def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok", "version": __version__})
 
+    @app.get("/readyz", include_in_schema=False)
+    def readyz() -> JSONResponse:
+        """Whether requests should be sent here: no longer once the server has been told to stop."""
+        is_ready = console.gateway.is_serving and not console.stopping.is_set()
+        return JSONResponse({"status": "ready" if is_ready else "stopping"}, 200 if is_ready else 503)
+
     @app.get("/favicon.ico", include_in_schema=False)
     def favicon() -> Response:
         return RedirectResponse(static_url("favicon.svg"))

@@ -43,7 +43,7 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-_OPEN_PATHS = ("/healthz", "/static/", "/login")
+_OPEN_PATHS = ("/healthz", "/readyz", "/static/", "/login")
 
 
 class SecurityHeaders:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import math
 import socket
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -12,7 +15,8 @@ from sihe.core.errors import ConfigError, PortInUse
 from sihe.core.workspace import Workspace
 
 _BACKLOG = 2048
-_LAST_WORDS_S = 10  # how long running requests may take once the server stops
+_TICK_S = 0.1
+_LAST_WORDS_S = 5  # for streams whose time is over to say so, on top of it
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -60,12 +64,17 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_LAST_WORDS_S,
+            timeout_graceful_shutdown=math.ceil(server_settings.drain_s) + _LAST_WORDS_S,
         )
         console = app.state.console
-        _Server(config, stopping=console.stopping.set, ready=lambda: on_ready and on_ready(url_of(bound))).run(
-            sockets=[bound]
+        server = _Server(
+            config,
+            stopping=console.stopping.set,
+            drain=lambda: console.gateway.close(timeout_s=server_settings.drain_s),
+            linger_s=server_settings.linger_s,
+            ready=lambda: on_ready and on_ready(url_of(bound)),
         )
+        server.run(sockets=[bound])
         if console.failure is not None:  # uvicorn only logs it
             raise console.failure
     finally:
@@ -73,11 +82,26 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a word before it begins and ends: open event streams would otherwise hold the shutdown up."""
+    """uvicorn, with a word before it begins, and an end in order.
 
-    def __init__(self, config: uvicorn.Config, *, stopping: Callable[[], None], ready: Callable[[], object]) -> None:
+    Told to stop (SIGTERM, SIGINT), it says that it is not ready, lets pages' event streams end, goes on accepting for
+    `linger_s`, and then closes its port while `drain` lets running requests finish, ending in the protocol's own form
+    those that take too long. A second signal ends it at once.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        stopping: Callable[[], None],
+        drain: Callable[[], None],
+        linger_s: float,
+        ready: Callable[[], object],
+    ) -> None:
         super().__init__(config)
         self._stopping = stopping
+        self._drain = drain
+        self._linger_s = linger_s
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -87,4 +111,10 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stopping()
+        until_s = time.monotonic() + self._linger_s
+        while time.monotonic() < until_s and not self.force_exit:
+            await asyncio.sleep(min(_TICK_S, self._linger_s))
+        draining = asyncio.create_task(asyncio.to_thread(self._drain))
         await super().shutdown(sockets)
+        if not self.force_exit:
+            await draining

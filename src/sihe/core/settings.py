@@ -51,6 +51,12 @@ class ServerSettings(_Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8484, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_keys: tuple[str, ...] = Field((), description="keys that clients must send as Bearer tokens; none: no check")
+    drain_s: float = Field(
+        30.0, ge=0, le=86400, description="how long running requests may take once the server is told to stop"
+    )
+    linger_s: float = Field(
+        0.0, ge=0, le=3600, description="how long it still accepts then, not ready: for balancers that take their time"
+    )
 
 
 class TenantsSettings(_Section):
