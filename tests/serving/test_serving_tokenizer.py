@@ -13,6 +13,7 @@ from sihe.core.errors import CorruptData, InvalidInput
 from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.tools import Tool, ToolCall
 from sihe.serving.engine.types import ChatMessage, GenerationRequest
+from sihe.serving.errors import ContextTooLong
 from support.tiny_models import tiny_model
 
 TOOL = Tool(
@@ -188,3 +189,15 @@ def test_a_token_is_reported_with_its_own_bytes(folder: Path) -> None:
     spelled = tokenizer.spell(ids[-1], -1.5, [(1, -2.0)])
     assert spelled.text == "\ufffd"
     assert spelled.top[0].text == "<|eos|>"
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_read(folder: Path) -> None:
+    tokenizer = ModelTokenizer.load(folder)
+    longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
+    fits = "x" * (100 * longest)
+    assert len(tokenizer.encode(fits, limit=100)) >= 100  # the exact count is the engine's to judge
+    with pytest.raises(ContextTooLong) as caught:
+        tokenizer.encode(fits + "x" * longest, limit=100)
+    assert caught.value.actual == 101
+    with pytest.raises(ContextTooLong):
+        tokenizer.encode_chat(talk(ChatMessage("user", "你" * 5000)), limit=100)

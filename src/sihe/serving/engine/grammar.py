@@ -41,9 +41,12 @@ MAX_SOURCE = {
 MAX_CHOICES = 1024
 _CACHED = 64  # compiled constraints that are kept for each tokenizer
 _MESSAGE = 300  # characters of the library's message that a client sees
-# A state costs 1 to 2 kB (llguidance's documentation of LLParserLimits): at most about 40 MB a constraint. The other
-# limits are the library's: a step takes at most some 15 ms.
+# A state costs 1 to 2 kB (llguidance's documentation of LLParserLimits): at most about 40 MB a constraint.
 _MAX_LEXER_STATES = 20_000
+# What one token's mask may cost: some 7 ms at the most (measured on expressions made to explode), once, as the request
+# fails with it. Usual masks take 10 to 100 µs.
+_STEP_FUEL = 60_000
+_STEP_ITEMS = 20_000
 # Between the parts of a document: without a bound a model that has lost its way writes white space for ever.
 _SPACED: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
 
@@ -222,7 +225,12 @@ def _read(constraint: Constraint) -> object:
 def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    return LLParserLimits(
+        max_lexer_states=_MAX_LEXER_STATES,
+        step_lexer_fuel=_STEP_FUEL,
+        step_max_items=_STEP_ITEMS,
+        verbose_errors=False,
+    )
 
 
 def _short(message: str) -> str:

@@ -15,6 +15,7 @@ from sihe.serving.engine.chat_template import ChatTemplates
 from sihe.serving.engine.detokenizer import ByteDecoder, MarkedDecoder, TextDecoder, WindowDecoder
 from sihe.serving.engine.grammar import GrammarCompiler
 from sihe.serving.engine.types import GenerationRequest, TokenLogprob
+from sihe.serving.errors import ContextTooLong
 
 
 class ModelTokenizer:
@@ -27,6 +28,7 @@ class ModelTokenizer:
         self.templates = ChatTemplates.load(folder, config)
         self._special = _special_ids(tokenizer)
         self._pieces = _byte_pieces(tokenizer)
+        self._longest = _longest_piece(tokenizer) if self._pieces is not None else 0
         self.chat_stop_ids = stop_ids | self._turn_end()
         self._lock = Lock()
         self._grammars: GrammarCompiler | None = None
@@ -50,13 +52,19 @@ class ModelTokenizer:
         theirs: dict[str, int] = other._tokenizer.get_vocab()
         return ours == theirs
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`, with the `special` tokens that the model's post-processor adds, or without."""
+    def encode(self, text: str, *, special: bool = True, limit: int | None = None) -> list[int]:
+        """Token ids of `text`, with the `special` tokens that the model's post-processor adds, or without.
+
+        Raises `ContextTooLong` at once where it cannot be fewer than `limit` tokens: megabytes take seconds to read.
+        """
+        self._check_size(text, limit)
         return _ids(self._tokenizer, text, add_special_tokens=special)
 
-    def encode_chat(self, request: GenerationRequest) -> list[int]:
+    def encode_chat(self, request: GenerationRequest, *, limit: int | None = None) -> list[int]:
         """Token ids of a conversation, rendered up to where the assistant speaks. The template adds what is special."""
-        return _ids(self._tokenizer, self.templates.render(request), add_special_tokens=False)
+        text = self.templates.render(request)
+        self._check_size(text, limit)
+        return _ids(self._tokenizer, text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`, with or without `special` tokens."""
@@ -94,6 +102,11 @@ class ModelTokenizer:
 
     def _plain_decoder(self) -> TextDecoder:
         return ByteDecoder(self._pieces) if self._pieces is not None else WindowDecoder(self.decode)
+
+    def _check_size(self, text: str, limit: int | None) -> None:
+        least = len(text) // self._longest if self._longest else 0
+        if limit is not None and least > limit:
+            raise ContextTooLong(limit=limit, actual=least)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is written `text`, if it is one: ordinary text never becomes it."""
@@ -144,6 +157,14 @@ def _stop_ids(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> fro
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    """At most so many characters of a text become one token of a byte-level vocabulary, whose names have a character
+    for each byte. Where the text is normalised before, up to four of its characters may have become one (Unicode's
+    composition, UAX #15)."""
+    longest = max((len(name) for name in tokenizer.get_vocab(with_added_tokens=True)), default=0)
+    return longest * (1 if tokenizer.normalizer is None else 4)
 
 
 def _byte_pieces(tokenizer: Tokenizer) -> list[bytes] | None:
