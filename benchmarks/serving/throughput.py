@@ -87,12 +87,15 @@ def start(precision: str, folder: Path, chosen: argparse.Namespace) -> list[Cont
     for entry in CLASSES[precision]:
         if chosen.only and entry.module not in chosen.only:
             continue
+        contender = None
         try:
             log = folder.parent / f"{entry.name}.log"
             contender = Contender(entry, folder, context=context, log=log, urgent=chosen.urgent)
-            contenders.append(contender)
             firsts[entry.name] = contender.measure(batch=2, prompt=64, tokens=16, seed=0).first
+            contenders.append(contender)
         except ContenderFailed as failure:
+            if contender is not None:
+                contender.close()
             print(f"  left out: {failure}", flush=True)
     for (one, left), (other, right) in itertools.combinations(firsts.items(), 2):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=True)))
@@ -203,6 +206,8 @@ def main() -> int:
         print(f"{limits.operations_per_s[precision] / 1e9:.0f} thousand million operations/s", flush=True)
         contenders = start(precision, folder, chosen)
         measured &= any(contender.entry.module == OURS for contender in contenders)
+        if not contenders:
+            continue
         try:
             for prompt, batch in itertools.product(chosen.prompts, chosen.batches):
                 cell = Cell(precision, prompt, batch)

@@ -29,8 +29,13 @@ class Outcome:
     error: str = ""
 
 
-async def send_all(url: str, model: str, arrivals: Sequence[Arrival], *, timeout_s: float) -> list[Outcome]:
-    """Sends each when it is due and waits for all; `timeout_s` bounds each from when it is sent."""
+async def send_all(
+    url: str, model: str, arrivals: Sequence[Arrival], *, timeout_s: float, streamed: bool = True
+) -> list[Outcome]:
+    """Sends each when it is due and waits for all; `timeout_s` bounds each from when it is sent.
+
+    An answer that is not `streamed` comes in one piece, so its first token comes with its last.
+    """
     started_s = time.perf_counter()
 
     async def one(arrival: Arrival) -> Outcome:
@@ -38,7 +43,7 @@ async def send_all(url: str, model: str, arrivals: Sequence[Arrival], *, timeout
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         sent_s = time.perf_counter()
         try:
-            outcome = await asyncio.wait_for(_stream(url, model, arrival.query), timeout_s)
+            outcome = await asyncio.wait_for(_ask(url, model, arrival.query, streamed), timeout_s)
         except (TimeoutError, OSError, ValueError, asyncio.IncompleteReadError) as error:
             return Outcome(sent_s - due_s, 0.0, 0.0, 0, f"{type(error).__name__}: {error}")
         first_s, last_s, tokens = outcome
@@ -48,20 +53,13 @@ async def send_all(url: str, model: str, arrivals: Sequence[Arrival], *, timeout
     return list(await asyncio.gather(*(one(arrival) for arrival in arrivals)))
 
 
-async def _stream(url: str, model: str, query: Query) -> tuple[float, float, int]:
+async def _ask(url: str, model: str, query: Query, streamed: bool) -> tuple[float, float, int]:
     """When the first and the last token came, and how many. Raises `ValueError` for an answer that is none."""
     target = urlsplit(url)
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": query.prompt,
-            "max_tokens": query.tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
+    wanted = {"model": model, "prompt": query.prompt, "max_tokens": query.tokens, "temperature": 0, "ignore_eos": True}
+    if streamed:
+        wanted |= {"stream": True, "stream_options": {"include_usage": True}}
+    body = json.dumps(wanted).encode()
     reader, writer = await asyncio.open_connection(target.hostname, target.port, limit=_LIMIT)
     try:
         head = (
@@ -72,23 +70,34 @@ async def _stream(url: str, model: str, query: Query) -> tuple[float, float, int
         status = (await reader.readline()).decode()
         if " 200 " not in status:
             raise ValueError(f"{status.strip()}: {(await reader.read(2000)).decode(errors='replace')[-300:]}")
-        first_s = last_s = 0.0
-        usage: dict[str, int] = {}
-        while line := await reader.readline():
-            # Every event is one line here; the lengths of HTTP's chunks lie between them.
-            if not line.startswith(b"data: "):
-                continue
-            if line.startswith(b"data: [DONE]"):
-                break
-            now_s = time.perf_counter()
-            if b'"choices":[]' in line:
-                usage = json.loads(line[6:])["usage"]
-                continue
-            if b'"error"' in line[:24]:
-                raise ValueError(line.decode(errors="replace")[:300])
-            first_s, last_s = first_s or now_s, now_s
+        first_s, last_s, usage = await (_events(reader) if streamed else _whole(reader))
     finally:
         writer.close()
     if usage.get("completion_tokens") != query.tokens:
         raise ValueError(f"expected {query.tokens} tokens, got {usage}")
     return first_s, last_s, query.tokens
+
+
+async def _events(reader: asyncio.StreamReader) -> tuple[float, float, dict[str, int]]:
+    first_s = last_s = 0.0
+    usage: dict[str, int] = {}
+    while line := await reader.readline():
+        # Every event is one line here; the lengths of HTTP's chunks lie between them.
+        if not line.startswith(b"data: "):
+            continue
+        if line.startswith(b"data: [DONE]"):
+            break
+        now_s = time.perf_counter()
+        if b'"choices":[]' in line:
+            usage = json.loads(line[6:])["usage"]
+            continue
+        if b'"error"' in line[:24]:
+            raise ValueError(line.decode(errors="replace")[:300])
+        first_s, last_s = first_s or now_s, now_s
+    return first_s, last_s, usage
+
+
+async def _whole(reader: asyncio.StreamReader) -> tuple[float, float, dict[str, int]]:
+    answer = await reader.read()
+    now_s = time.perf_counter()
+    return now_s, now_s, json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])["usage"]

