@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -34,42 +35,47 @@ class Feed:
     adapter: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """The feeds of a step, side by side."""
 
     tokens: Ints  # [T]
-    positions: Ints  # [T]
-    feed: Ints  # [T] which feed a token belongs to
     starts: Ints  # [F]
     lengths: Ints  # [F] tokens of each feed
     tables: Ints  # [F, B] its blocks, zeros behind
     adapters: Ints  # [F]
-    wanted: Ints  # [O] the tokens whose logits are wanted
+    logits: Ints  # [F] of how many of its last tokens logits are wanted
 
     @classmethod
     def of(cls, feeds: Sequence[Feed]) -> Step:
         """The arrays of `feeds`, in their order."""
-        lengths_F = np.fromiter((len(feed.tokens) for feed in feeds), np.int32, len(feeds))
-        starts_F = np.fromiter((feed.start for feed in feeds), np.int32, len(feeds))
-        wanted_F = np.fromiter((feed.num_logits for feed in feeds), np.int32, len(feeds))
-        ends_F = np.cumsum(lengths_F, dtype=np.int32)
-        tokens_T = np.empty(ends_F[-1], np.int32)
-        tables_FB = np.zeros((len(feeds), max(len(feed.blocks) for feed in feeds)), np.int32)
-        for row, (feed, end) in enumerate(zip(feeds, ends_F.tolist(), strict=True)):
-            tokens_T[end - len(feed.tokens) : end] = feed.tokens
-            tables_FB[row, : len(feed.blocks)] = feed.blocks
-        feed_T = np.repeat(np.arange(len(feeds), dtype=np.int32), lengths_F)
-        return cls(
-            tokens=tokens_T,
-            positions=_counted(starts_F, lengths_F, feed_T, ends_F),
-            feed=feed_T,
-            starts=starts_F,
-            lengths=lengths_F,
-            tables=tables_FB,
-            adapters=np.fromiter((feed.adapter for feed in feeds), np.int32, len(feeds)),
-            wanted=_last(ends_F, wanted_F),
-        )
+        tokens: list[int] = []
+        numbers: list[tuple[int, int, int, int]] = []
+        tables = np.zeros((len(feeds), max(len(feed.blocks) for feed in feeds)), np.int32)
+        for row, feed in enumerate(feeds):
+            tokens += feed.tokens
+            numbers.append((feed.start, len(feed.tokens), feed.adapter, feed.num_logits))
+            tables[row, : len(feed.blocks)] = feed.blocks
+        starts, lengths, adapters, logits = np.array(numbers, np.int32).T.copy()
+        return cls(np.array(tokens, np.int32), starts, lengths, tables, adapters, logits)
+
+    @cached_property
+    def feed(self) -> Ints:
+        """[T] which feed a token belongs to."""
+        return np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+
+    @cached_property
+    def positions(self) -> Ints:
+        """[T] where a token stands in its sequence."""
+        before_F = np.cumsum(self.lengths, dtype=np.int32) - self.lengths
+        return np.arange(len(self.tokens), dtype=np.int32) + (self.starts - before_F)[self.feed]
+
+    @cached_property
+    def wanted(self) -> Ints:
+        """[O] the tokens whose logits are wanted."""
+        ends_F = np.cumsum(self.lengths, dtype=np.int32)
+        total_F = np.cumsum(self.logits, dtype=np.int32)
+        return np.arange(total_F[-1], dtype=np.int32) + np.repeat(ends_F - total_F, self.logits)
 
 
 class Compute(Protocol):
@@ -90,14 +96,3 @@ class Compute(Protocol):
     def close(self) -> None:
         """Ends what computes."""
         ...
-
-
-def _counted(starts_F: Ints, lengths_F: Ints, feed_T: Ints, ends_F: Ints) -> Ints:
-    """starts[f], starts[f] + 1, … for each feed."""
-    return np.arange(len(feed_T), dtype=np.int32) + (starts_F - ends_F + lengths_F)[feed_T]
-
-
-def _last(ends_F: Ints, wanted_F: Ints) -> Ints:
-    """The numbers of the last wanted[f] tokens of each feed."""
-    total_F = np.cumsum(wanted_F, dtype=np.int32)
-    return np.arange(total_F[-1], dtype=np.int32) + np.repeat(ends_F - total_F, wanted_F)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,10 +14,11 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.lora import Lora
 from sihe.serving.engine.compute.cpu.adapters import AdapterTables
-from sihe.serving.engine.compute.cpu.kernels import ATTEND_ROWS, STEP_WIDTH, TILE_PAGES
+from sihe.serving.engine.compute.cpu.kernels import ATTEND_ROWS, TILE_PAGES
+from sihe.serving.engine.compute.cpu.layout import lay_out
 from sihe.serving.engine.compute.cpu.program import Program, Weights
 from sihe.serving.engine.compute.cpu.support import WeightKind
-from sihe.serving.engine.compute.cpu.team import Team, cores
+from sihe.serving.engine.compute.cpu.team import Team, cores, keep_torch_to_one_thread
 from sihe.serving.engine.compute.cpu.weights import KINDS
 from sihe.serving.engine.compute.step import Step
 from sihe.serving.engine.kv.storage import KvPages
@@ -50,6 +53,8 @@ class CpuCompute:
         self._adapters = AdapterTables(self._config, self._weights, max_adapters)
         self._team = Team(threads or cores())
         self._program = self._sized(_ROWS, _WANTED)
+        self._thread: int | None = None
+        self._kept: tuple[object, ...] = ()
         self._group = self._config.num_heads // self._config.num_kv_heads
 
     @property
@@ -60,14 +65,15 @@ class CpuCompute:
     def forward(self, step: Step) -> Tensor:
         """One pass over the step's tokens."""
         self._check(step)
-        tokens, wanted = len(step.tokens), len(step.wanted)
+        if threading.get_ident() != self._thread:
+            self._thread = threading.get_ident()
+            keep_torch_to_one_thread()
+        tokens, wanted = len(step.tokens), int(step.logits.sum())
         program = self._program
         if tokens > program.rows or wanted > program.wanted:
             rows, most = max(_doubled(tokens), program.rows), max(_doubled(wanted), program.wanted)
             program = self._program = self._sized(rows, most)
-        program.last_rows[:wanted] = step.wanted
-        given, _kept = self._numbers(step, program)
-        self._team.run(program.ops, given)
+        self._team.run(program.ops, self._laid_out(step, program, tokens, wanted))
         return torch.from_numpy(program.logits.data)[:wanted, : self._config.vocab_size]
 
     def set_adapter(self, number: int, lora: Lora | None) -> None:
@@ -86,25 +92,29 @@ class CpuCompute:
     def _sized(self, rows: int, wanted: int) -> Program:
         return Program(self._config, self._weights, self._pages, self._adapters, rows=rows, wanted=wanted)
 
-    def _numbers(self, step: Step, program: Program) -> tuple[NDArray[np.int64], list[NDArray[np.generic]]]:
-        """What the operations are told of the step, and the arrays that it points at."""
-        pages = self._pages
-        feeds, blocks = step.tables.shape
-        tables = np.zeros((feeds, -(-blocks // TILE_PAGES) * TILE_PAGES), np.int64)
-        tables[:, :blocks] = step.tables
-        key_pages = tables * pages.keys[0, 0].nbytes
-        value_pages = tables * pages.values[0, 0].nbytes
-        tasks = _tasks(step.lengths * self._group)
-        firsts = (np.cumsum(step.lengths) - step.lengths).astype(np.int32)
-        kept: list[NDArray[np.generic]] = [key_pages, value_pages, tasks, firsts]
-        given = np.empty(STEP_WIDTH, np.int64)
-        given[:] = (
-            len(step.tokens), len(step.wanted), feeds, step.tokens.ctypes.data, step.positions.ctypes.data,
-            step.feed.ctypes.data, step.starts.ctypes.data, step.lengths.ctypes.data, key_pages.ctypes.data,
-            value_pages.ctypes.data, tables.shape[1], len(tasks), tasks.ctypes.data, step.adapters.ctypes.data,
-            firsts.ctypes.data, len(step.tokens) * program.choices,
+    def _laid_out(self, step: Step, program: Program, tokens: int, wanted: int) -> NDArray[np.int64]:
+        """What the operations are told of the step."""
+        pages, feeds = self._pages, len(step.lengths)
+        width = -(-step.tables.shape[1] // TILE_PAGES) * TILE_PAGES
+        rows = np.empty((2, tokens), np.int32)
+        firsts = np.empty(feeds, np.int32)
+        page_offsets = np.zeros((2, feeds, width), np.int64)
+        tasks = np.empty((tokens * self._group // ATTEND_ROWS + feeds, 3), np.int32)
+        count = lay_out(
+            step.starts, step.lengths, step.logits, step.tables, self._group, pages.keys[0, 0].nbytes,
+            pages.values[0, 0].nbytes, rows, firsts, page_offsets, tasks, program.last_rows,
         )  # fmt: skip
-        return given, kept
+        given = np.array(
+            (
+                tokens, wanted, feeds, step.tokens.ctypes.data, rows[0].ctypes.data, rows[1].ctypes.data,
+                step.starts.ctypes.data, step.lengths.ctypes.data, page_offsets[0].ctypes.data,
+                page_offsets[1].ctypes.data, width, count, tasks.ctypes.data, step.adapters.ctypes.data,
+                firsts.ctypes.data, tokens * program.choices,
+            ),
+            np.int64,
+        )  # fmt: skip
+        self._kept = (step, rows, firsts, page_offsets, tasks)  # what `given` points at
+        return given
 
     def _check(self, step: Step) -> None:
         """The operations read wherever these numbers say: none may point outside."""
@@ -120,15 +130,6 @@ class CpuCompute:
         )
         if not is_inside:
             raise InternalError("a step names a token, position or block that is not there")
-
-
-def _tasks(rows_F: NDArray[np.int32]) -> NDArray[np.int32]:
-    """[n, 3]: feed, first row, rows, of pieces of at most `ATTEND_ROWS` rows."""
-    pieces_F = -(-rows_F // ATTEND_ROWS)
-    feed = np.repeat(np.arange(len(rows_F), dtype=np.int32), pieces_F)
-    place = np.arange(len(feed), dtype=np.int32) - np.repeat(np.cumsum(pieces_F) - pieces_F, pieces_F)
-    first = place * ATTEND_ROWS
-    return np.stack((feed, first, np.minimum(rows_F[feed] - first, ATTEND_ROWS)), axis=1).astype(np.int32)
 
 
 def _doubled(size: int) -> int:

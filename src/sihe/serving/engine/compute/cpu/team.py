@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numba import carray, njit  # type: ignore[attr-defined]  # numba does not list its names
 from numpy.typing import NDArray
 
@@ -220,6 +222,15 @@ class Team:
 
     def _live(self, helper: int) -> None:
         _work(self._shared.ctypes.data, self._semaphore(helper), -1, self._scratch[helper + 1].ctypes.data)
+
+
+def keep_torch_to_one_thread() -> None:
+    """Operations of torch in this thread, such as sampling, wake no others: those would spin beside the team.
+
+    What torch does in other threads is left alone, as `torch.set_num_threads` would not.
+    """
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(path)).omp_set_num_threads(1)
 
 
 def cores() -> int:
