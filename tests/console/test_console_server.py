@@ -40,6 +40,8 @@ def test_an_address_of_another_machine() -> None:
 def test_port_zero_is_a_free_one() -> None:
     with listen("127.0.0.1", 0) as bound:
         assert url_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
+        # Else asyncio leaves Nagle's algorithm on, and each answer's body waits 40 ms behind its head.
+        assert bound.proto == socket.IPPROTO_TCP
 
 
 def test_it_stops_with_open_streams_and_leaves_nothing_behind(tmp_path: Path) -> None:
