@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 
 from sihe.core.errors import Busy, ConfigError, CorruptData, NotFound, SiheError
+from sihe.models.encoder import Encoder
 from sihe.models.errors import CheckpointMismatch, UnsupportedModel
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.encoder import kernels
 from sihe.serving.engine.encoder.batches import FairQueue, Place
 from sihe.serving.engine.encoder.engine import EncoderEngine
+from sihe.serving.engine.encoder.quantised import ByteTrunk, is_faster
 from sihe.serving.engine.encoder.recipe import read_recipe
 from sihe.serving.engine.encoder.runner import EncoderRunner, is_encoder
 from sihe.serving.engine.encoder.types import MAX_INPUTS, Document, EmbeddingRequest, Floats, RerankRequest
@@ -221,6 +224,7 @@ def test_documents_are_cut_where_that_is_asked_for(reranker: EncoderEngine) -> N
     assert score("dog", long, limit=20) == pytest.approx(score("dog", "dog " * 20), abs=1e-6)
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from(TEXTS), st.integers(1, 8)), min_size=1, max_size=12))
 def test_alone_and_batched_are_the_same_to_a_hundred_thousandth(
     embedder: EncoderEngine, parts: list[tuple[str, int]]
@@ -283,6 +287,7 @@ def test_bfloat16_is_near(embedder: EncoderEngine, embedder_folder: Path) -> Non
 # ---- who goes first ------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from("ab")), min_size=1, max_size=8
@@ -581,3 +586,101 @@ def test_segments_of_single_texts_are_the_first(embedder_folder: Path) -> None:
     mixed = runner.encode([Document(tokens), Document(tokens, [0, 0, 1])], [0, 0])
     np.testing.assert_allclose(mixed[0], runner.encode([Document(tokens)], [0])[0], atol=1e-6)
     assert not np.allclose(mixed[0], mixed[1], atol=1e-3)
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_bytes(embedder_folder: Path) -> EncoderRunner:
+    """The embedder with its products in bytes, whatever is faster here."""
+    runner = EncoderRunner.load(embedder_folder, SETTINGS)
+    assert isinstance(runner.trunk, Encoder)
+    runner.in_bytes = ByteTrunk(runner.trunk)
+    return runner
+
+
+def documents(*lengths: int) -> list[Document]:
+    generator = np.random.default_rng(sum(lengths))
+    return [Document(generator.integers(200, size=length).tolist()) for length in lengths]
+
+
+def test_bytes_give_nearly_the_same_vectors(in_bytes: EncoderRunner, embedder_folder: Path) -> None:
+    texts = documents(3, 60, 17, 1, 17, 30)
+    exact = EncoderRunner.load(embedder_folder, SETTINGS).encode(texts, [0] * 6)
+    assert float((exact * in_bytes.encode(texts, [0] * 6)).sum(1).min()) > 0.995
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=12))
+def test_bytes_give_the_same_bits_alone_and_batched(in_bytes: EncoderRunner, lengths: list[int]) -> None:
+    texts = documents(*lengths)
+    together = in_bytes.encode(texts, [0] * len(texts))
+    for text, row in zip(texts, together, strict=True):
+        assert np.array_equal(row, in_bytes.encode([text], [0])[0])
+
+
+def test_kernels_agree_with_torch() -> None:
+    generator = np.random.default_rng(0)
+    y = generator.normal(scale=3, size=(7, 96)).astype(np.float32)
+    y[3] = 0
+    scales, lows = np.full(7, 0.5, np.float32), np.full(7, -0.25, np.float32)
+    sums, bias, factors = generator.normal(size=(3, 96)).astype(np.float32)
+    before = torch.from_numpy(y * 0.5 - 0.25 * sums + bias)
+    codes = np.empty(y.shape, np.uint8)
+
+    def read(scales: Floats, lows: Floats) -> torch.Tensor:
+        assert (codes.min(1) == 0).all()
+        assert (codes.max(1) >= 254).all()
+        return torch.from_numpy(codes * scales[:, None] + lows[:, None])
+
+    def near(codes: torch.Tensor, expected: torch.Tensor, scales: Floats) -> None:
+        assert ((codes - expected).abs() <= torch.from_numpy(scales)[:, None] * 0.51 + 1e-5).all()
+
+    s, w = scales.copy(), lows.copy()
+    kernels.gelu_to_bytes(y.copy(), s, w, sums, bias, factors, codes)
+    near(read(s, w), functional.gelu(before) * torch.from_numpy(factors), s)
+    s, w, x = scales.copy(), lows.copy(), generator.normal(size=(7, 96)).astype(np.float32)
+    weight, shift = generator.normal(size=(2, 96)).astype(np.float32)
+    expected = functional.layer_norm(
+        torch.from_numpy(x) + before, (96,), torch.from_numpy(weight), torch.from_numpy(shift), 1e-5
+    )
+    kernels.add_norm_to_bytes(y.copy(), s, w, sums, bias, x, weight, shift, np.float32(1e-5), factors, codes)
+    torch.testing.assert_close(torch.from_numpy(x), expected, rtol=1e-4, atol=1e-5)
+    near(read(s, w), expected * torch.from_numpy(factors), s)
+    plain = y.copy()
+    kernels.scaled(plain, scales, lows, sums, bias)
+    torch.testing.assert_close(torch.from_numpy(plain), before, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_number_stays_none_in_bytes(tmp_path: Path) -> None:
+    folder = tiny_embedder(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][150, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    runner = EncoderRunner.load(folder, SETTINGS)
+    assert isinstance(runner.trunk, Encoder)
+    runner.in_bytes = ByteTrunk(runner.trunk)
+    rows = runner.encode([Document([5, 6]), Document([5, 150])], [0, 0])
+    assert np.isfinite(rows[0]).all()
+    assert not np.isfinite(rows[1]).any()
+
+
+def test_int8_is_taken_where_it_is_faster_and_says_what_it_costs(
+    embedder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for faster in (True, False):
+        monkeypatch.setattr("sihe.serving.engine.encoder.quantised.is_faster", lambda *_, answer=faster: answer)
+        runner = EncoderRunner.load(embedder_folder, EngineConfig(dtype="int8"))
+        assert (runner.in_bytes is not None) == faster
+        assert runner.encode(documents(5), [0]).shape == (1, 32)
+    with pytest.raises(ConfigError, match="int8 is for BERT"):
+        EncoderEngine.load(tiny_decoder_embedder(tmp_path), EngineConfig(dtype="int8"))
+    with pytest.raises(ConfigError, match="int4 for models that generate"):
+        EncoderEngine.load(embedder_folder, EngineConfig(dtype="int4"))
+
+
+def test_which_is_faster_is_measured(in_bytes: EncoderRunner) -> None:
+    assert isinstance(in_bytes.trunk, Encoder)
+    assert in_bytes.in_bytes is not None
+    assert is_faster(in_bytes.trunk, in_bytes.in_bytes) in (True, False)

@@ -5,7 +5,7 @@ job. Texts of all requests share the batches; an error stays with the request wh
 is computed again one text at a time.
 
 In float32 a text's vector is the same alone and in any batch to within 1e-5: the library's matrix product may sum in
-another order for another number of rows.
+another order for another number of rows. In int8 it is the same bit for bit.
 """
 
 from __future__ import annotations

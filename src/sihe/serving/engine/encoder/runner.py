@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sihe.core.errors import ConfigError, CorruptData
+from sihe.core.telemetry import logger
 from sihe.models.checkpoint import load_config, load_encoder, load_trunk
 from sihe.models.config import ModelConfig
 from sihe.models.encoder import Encoder
@@ -27,6 +29,11 @@ from sihe.serving.engine.encoder.types import Document, Floats
 from sihe.serving.engine.memory import available_bytes
 from sihe.serving.errors import NoMemory
 
+if TYPE_CHECKING:
+    from sihe.serving.engine.encoder.quantised import ByteTrunk
+
+_PROBE_TEXTS, _PROBE_TOKENS = 16, 32  # of random tokens, on which quantised answers are compared
+
 
 def is_encoder(folder: Path) -> bool:
     """Whether a model folder is for vectors or scores, not for generating: an encoder, or it says so itself."""
@@ -36,10 +43,19 @@ def is_encoder(folder: Path) -> bool:
 class EncoderRunner:
     """A trunk, what comes behind it, and the recipe that both follow."""
 
-    def __init__(self, trunk: Transformer, tail: Tail, recipe: Recipe, *, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Transformer,
+        tail: Tail,
+        recipe: Recipe,
+        *,
+        max_context: int | None = None,
+        in_bytes: ByteTrunk | None = None,
+    ) -> None:
         self.trunk = trunk
         self.tail = tail
         self.recipe = recipe
+        self.in_bytes = in_bytes
         limits = (trunk.config.max_positions, recipe.max_tokens, max_context)
         self.max_tokens = min(limit for limit in limits if limit is not None)
 
@@ -48,7 +64,7 @@ class EncoderRunner:
         """The model of `folder`. Raises what is wrong with it, or `NoMemory`, before anything is loaded."""
         recipe = read_recipe(folder)
         shape = load_config(recipe.folder)
-        dtype = _dtype(recipe.folder, config)
+        dtype = _dtype(recipe.folder, shape, config)
         available, needed = available_bytes(), shape.num_parameters * dtype.itemsize
         if needed > available:
             raise NoMemory(
@@ -58,7 +74,35 @@ class EncoderRunner:
                 hint="free memory (another version may still be draining) or serve a smaller model",
             )
         trunk, tail = _scorer(recipe, shape, dtype) if shape.task == "scored" else _embedder(recipe, shape, dtype)
-        return cls(trunk.eval().requires_grad_(False), tail, recipe, max_context=config.max_context)
+        runner = cls(trunk.eval().requires_grad_(False), tail, recipe, max_context=config.max_context)
+        if config.dtype == "int8":
+            runner.quantise()
+        return runner
+
+    def quantise(self) -> float | None:
+        """Computes the products in bytes from now on, where that is faster here; the lowest cosine of its answers.
+
+        It is taken between answers to texts of random tokens before and after. None where float32 is faster.
+        """
+        from sihe.serving.engine.encoder.quantised import ByteTrunk, is_faster
+
+        assert isinstance(self.trunk, Encoder)
+        in_bytes = ByteTrunk(self.trunk)
+        log = logger("serving")
+        if not is_faster(self.trunk, in_bytes):
+            log.info("encoder_stays_float32", reason="products of bytes are slower on this machine")
+            return None
+        generator = torch.Generator().manual_seed(1)
+        shape = (_PROBE_TEXTS, min(_PROBE_TOKENS, self.max_tokens))
+        tokens = torch.randint(self.trunk.config.vocab_size, shape, generator=generator).tolist()
+        probes, skipped = [Document(text) for text in tokens], [0] * _PROBE_TEXTS
+        exact = torch.from_numpy(self.encode(probes, skipped))
+        self.in_bytes = in_bytes
+        rough = torch.from_numpy(self.encode(probes, skipped))
+        cosine = float(torch.nn.functional.cosine_similarity(exact, rough).min())
+        self.trunk.blocks = torch.nn.ModuleList()  # their weights are held in bytes now
+        log.info("encoder_quantised", lowest_cosine=round(cosine, 5))
+        return cosine
 
     def encode(self, documents: Sequence[Document], skipped: Sequence[int]) -> Floats:
         """A row for each document, in their order, [N, W]; `skipped` counts the tokens of each that are not pooled."""
@@ -74,7 +118,10 @@ class EncoderRunner:
                 types = [document.types or [0] * len(document.tokens) for document in ordered]
                 types_1T = torch.tensor([[kind for of_one in types for kind in of_one]])
             attend = DocumentAttention(lengths, causal=shape.attention.causal, window=shape.attention.window)
-            x_TD = self.trunk.hidden(tokens_1T, positions_1T, attend, types_BT=types_1T)[0]
+            if self.in_bytes is not None:
+                x_TD = self.in_bytes.hidden(tokens_1T, positions_1T, attend, types_1T)
+            else:
+                x_TD = self.trunk.hidden(tokens_1T, positions_1T, attend, types_BT=types_1T)[0]
             answer_NW = self.tail(x_TD, Layout.of(lengths, [skipped[index] for index in order]))
             rows_NW = torch.empty_like(answer_NW)
             rows_NW[torch.tensor(order)] = answer_NW
@@ -97,13 +144,30 @@ def _scorer(recipe: Recipe, shape: ModelConfig, dtype: torch.dtype) -> tuple[Enc
     return model, ScoreTail(model)
 
 
-def _dtype(folder: Path, config: EngineConfig) -> torch.dtype:
+def _dtype(folder: Path, shape: ModelConfig, config: EngineConfig) -> torch.dtype:
     """The one asked for; "auto" is that of the checkpoint where this processor multiplies it no slower than float32."""
-    if config.dtype == "auto":
-        stored = json.loads((folder / "config.json").read_bytes())
-        is_bf16 = (stored.get("dtype") or stored.get("torch_dtype")) == "bfloat16"
-        return torch.bfloat16 if is_bf16 and native_bf16() else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    match config.dtype:
+        case "auto":
+            stored = json.loads((folder / "config.json").read_bytes())
+            is_bf16 = (stored.get("dtype") or stored.get("torch_dtype")) == "bfloat16"
+            return torch.bfloat16 if is_bf16 and native_bf16() else torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+        case "int8" if _can_quantise(shape):
+            return torch.float32  # quantised once it is loaded
+    raise ConfigError(
+        f"dtype {config.dtype!r} is not for this model: int8 is for BERT and its kin, and int4 for models that "
+        "generate; choose float32 or bfloat16",
+        key="dtype",
+    )
+
+
+def _can_quantise(shape: ModelConfig) -> bool:
+    from sihe.serving.engine.encoder.quantised import can_quantise  # compiles kernels: only who asks for it waits
+
+    return can_quantise(shape)
 
 
 def check_vocabulary(folder: Path, tokens: int, known: int) -> None:
