@@ -77,6 +77,11 @@ def _yield(b: Any, _given: list[Value]) -> Value:
     return b.sext(b.call(function, []), I64)
 
 
+def _sleep(b: Any, given: list[Value]) -> Value:
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [I32]), "usleep")  # type: ignore[no-untyped-call]
+    return b.sext(b.call(function, [b.trunc(given[0], I32)]), I64)
+
+
 def _c_call(name: str) -> Callable[[Any, list[Value]], Value]:
     def emit(b: Any, given: list[Value]) -> Value:
         function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [I64.as_pointer()]), name)  # type: ignore[no-untyped-call]
@@ -91,6 +96,8 @@ load_atomic = _operation(lambda b, v: b.load_atomic(_pointer(b, v[0]), "acquire"
 """The int64 at an address, and with it all that was written before it."""
 yield_core = _operation(_yield, 0, types.intp)
 """Lets another thread have the core."""
+sleep_us = _operation(_sleep, 1, types.intp)
+"""Lets the core go for so many microseconds."""
 wait_semaphore = _operation(_c_call("sem_wait"), 1, types.intp)
 """Sleeps until the POSIX semaphore at an address is posted."""
 post_semaphore = _operation(_c_call("sem_post"), 1, types.intp)

@@ -18,7 +18,16 @@ import torch
 from numba import carray, njit  # type: ignore[attr-defined]  # numba does not list its names
 from numpy.typing import NDArray
 
-from sihe.core.simd import add_atomic, int32_at, int64_at, load_atomic, post_semaphore, wait_semaphore, yield_core
+from sihe.core.simd import (
+    add_atomic,
+    int32_at,
+    int64_at,
+    load_atomic,
+    post_semaphore,
+    sleep_us,
+    wait_semaphore,
+    yield_core,
+)
 from sihe.serving.engine.compute.cpu.kernels import (
     ROW_CHUNK,
     STEP_WIDTH,
@@ -35,7 +44,8 @@ from sihe.serving.engine.compute.cpu.kernels import (
 )
 
 Longs = NDArray[np.int64]
-_SPINS = 2000  # looks at a counter before the core is offered to others: some 20 µs
+_LOOKS = 2000  # at a counter, before the core is offered to others: some 20 µs
+_LOOKS_AND_YIELDS = _LOOKS + 200
 _LINE = 8  # int64 of a cache line: counters that threads change lie on lines of their own
 _SEMAPHORE_BYTES = 64  # glibc's sem_t has 32, musl's 32
 _SCRATCH = 1 << 16  # float32 of one thread
@@ -47,10 +57,12 @@ _SHARED = 8 * _LINE
 
 @njit(nogil=True, cache=True)
 def _wait_until(address: int, value: int) -> None:
-    spins = 0
+    looks = 0
     while load_atomic(address) < value:
-        spins += 1
-        if spins > _SPINS:
+        looks += 1
+        if looks > _LOOKS_AND_YIELDS:  # whom we wait for does not run: spinning would only keep it from running
+            sleep_us(50)
+        elif looks > _LOOKS:
             yield_core()
 
 
