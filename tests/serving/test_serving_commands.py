@@ -12,6 +12,8 @@ from sihe.core import terminal
 from sihe.core.errors import ConfigError, NotFound
 from sihe.core.workspace import Workspace
 from sihe.serving.commands import app
+from sihe.serving.gateway.replicas.config import RayBackend, ReplicaConfig, ScalingConfig
+from sihe.serving.gateway.store import DeploymentStore
 from support.tiny_models import tiny_model
 
 
@@ -41,6 +43,18 @@ def test_create_list_alias_remove(deployed: Workspace) -> None:
     assert deployed.tracking.resolve("tiny@live").version == 2
     call("remove", "chat")
     assert json.loads(call("list", "--json")) == []
+
+
+def test_replicas_are_wanted_by_dotted_keys(deployed: Workspace) -> None:
+    wanted = ("max_replicas=4", "scaling.target_ttft_s=0.5", "backend.kind=ray", "backend.cpus=2")
+    call("create", "chat", "tiny@live", *(part for item in wanted for part in ("--replica", item)))
+    found = DeploymentStore(deployed.records, deployed.clock).get("chat").replicas
+    assert found == ReplicaConfig(1, 4, scaling=ScalingConfig(target_ttft_s=0.5), backend=RayBackend(cpus=2))
+    with pytest.raises(ConfigError, match="max_replicas"):
+        call("create", "chat", "tiny@live", "--replica", "max_replicas=0")
+    twice = ["create", "chat", "tiny@live", "--replica", "backend=ray", "--replica", "backend.cpus=2"]
+    assert CliRunner().invoke(app, twice).exit_code == 2
+    call("remove", "chat")
 
 
 def test_mistakes_are_errors_of_the_house(deployed: Workspace) -> None:

@@ -23,14 +23,23 @@ def create(
         list[str] | None,
         typer.Option("--engine", metavar="KEY=VALUE", help="A setting of its model's kind, such as max_batch_size=8."),
     ] = None,
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--replica", metavar="KEY=VALUE", help="How many replicas, and where: max_replicas=4, backend.kind=ray."
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Deploy a model, or change what a deployment follows."""
     from sihe.serving.gateway.gateway import Gateway
+    from sihe.serving.gateway.replicas.config import ReplicaConfig
 
     settings = dict(_setting(item) for item in setting or ())
+    replicas = ReplicaConfig.from_mapping(_nested(dict(_setting(item) for item in replica))) if replica else None
     with terminal.workspace() as workspace:
-        terminal.emit(Gateway(workspace).deploy(name, target, settings=settings), as_json=as_json)
+        deployed = Gateway(workspace).deploy(name, target, settings=settings, replicas=replicas)
+        terminal.emit(deployed, as_json=as_json)
 
 
 @app.command("list")
@@ -82,11 +91,25 @@ app.command()(traffic_commands.log)
 app.command()(traffic_commands.logs)
 
 
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"backend.kind": "ray"}` → `{"backend": {"kind": "ray"}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise typer.BadParameter(f"--replica gives {parent!r} as a value and as a group")
+        place[last] = value
+    return tree
+
+
 def _setting(item: str) -> tuple[str, Any]:
     """`max_batch_size=8` → a key and a number, or text where it is none."""
     key, equals, value = item.partition("=")
     if not equals:
-        raise typer.BadParameter(f"--engine takes KEY=VALUE, got {item!r}")
+        raise typer.BadParameter(f"--engine and --replica take KEY=VALUE, got {item!r}")
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return key.strip(), kind(value)

@@ -100,7 +100,8 @@ class RoutedStream(GenerationStream):
     def refused(self, attempt: Attempt) -> None:
         """The replica did not take it, which costs no attempt."""
         with self._lock:
-            self._running.remove(attempt)
+            if attempt in self._running:
+                self._running.remove(attempt)
             self._attempts_left += 1
 
     def accepted(self, attempt: Attempt, stream: GenerationStream) -> None:

@@ -7,6 +7,7 @@ way, the next one gathers, and a token never waits for a call of its own. The po
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from sihe.core.errors import NotFound
 from sihe.core.storage import ObjectStore
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import RequestStats, StepStats
-from sihe.serving.engine.stream import Wake, wake_readers
+from sihe.serving.engine.stream import GenerationStream, Wake, wake_readers
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest, join_events
 from sihe.serving.errors import EngineClosed
 from sihe.serving.gateway.replicas.carried import Carried
@@ -27,8 +28,6 @@ from sihe.version import __version__
 
 if TYPE_CHECKING:
     from sihe.serving.engine.engine import Engine
-
-_BLOCKING = 16  # calls that may wait for the engine at once: submits that tokenise, the close
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,8 @@ class NodeInfo:
     node: str
     address: str
     version: str
+    """Sihe's version there."""
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,20 @@ class _Outbox:
         return bool(self.events or self.done)
 
 
+@dataclass(slots=True)
+class _Open:
+    """A request in the engine. It is done when it has left the engine *and* nothing more is to be said of it: the
+    engine lets go of a request just before it says its last word."""
+
+    stream: GenerationStream | None = None
+    has_left: bool = False
+    is_told: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.has_left and self.is_told
+
+
 class EngineActor:
     """One engine on a node of the cluster. Its methods run on one event loop; what blocks runs beside it."""
 
@@ -91,13 +106,15 @@ class EngineActor:
         self._poll: Wake | None = None
         self._is_over = False
         self._engine: Engine | None = None
-        self._streams: dict[int, Any] = {}
+        self._open: dict[int, _Open] = {}
 
     async def node(self) -> NodeInfo:
         """Where this actor runs."""
         import ray
 
-        return NodeInfo(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), __version__)
+        return NodeInfo(
+            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), __version__, os.getpid()
+        )
 
     async def load(self, files: ModelFiles, settings: dict[str, Any], name: str) -> Carried | None:
         """Brings the model into memory; what prevents it."""
@@ -124,22 +141,33 @@ class EngineActor:
         """Starts a request under the other side's `id`; what is wrong with it."""
 
         def relay(said: GenerationEvent | BaseException) -> Wake | None:
-            return self._put(id, said if isinstance(said, GenerationEvent) else Carried.of(said))
+            return self._put(id, said)
 
         def submit() -> None:
-            self._streams[id] = self._loaded().submit(request, on_done=lambda: self._end(id), relay=relay)
+            stream = self._loaded().submit(request, on_done=lambda: self._left(id), relay=relay)
+            with self._lock:
+                if id in self._open:
+                    self._open[id].stream = stream
 
+        with self._lock:
+            self._open[id] = _Open()
         try:
             await asyncio.to_thread(submit)
         except Exception as error:  # noqa: BLE001 - it is for the other side to judge
+            with self._lock:
+                self._open.pop(id, None)
             return Carried.of(error)
         return None
 
     async def abort(self, id: int) -> None:
         """Ends a request that nobody reads."""
-        stream = self._streams.pop(id, None)
-        if stream is not None:
-            stream.close()
+        with self._lock:
+            entry = self._open.get(id)
+            if entry is not None:
+                entry.is_told = True
+                self._note_done(id, entry)
+        if entry is not None and entry.stream is not None:
+            entry.stream.close()
 
     async def poll(self, wait_s: float) -> Batch:
         """What has happened: as soon as something has, or after `wait_s`."""
@@ -178,18 +206,30 @@ class EngineActor:
             wake, self._poll = self._poll, None
         wake_readers([wake] if wake else [])
 
-    def _put(self, id: int, said: GenerationEvent | Carried) -> Wake | None:
+    def _put(self, id: int, said: GenerationEvent | BaseException) -> Wake | None:
+        is_last = isinstance(said, BaseException) or said.finish_reason is not None
         with self._lock:
-            self._outbox.events.append((id, said))
+            self._outbox.events.append((id, Carried.of(said) if isinstance(said, BaseException) else said))
+            entry = self._open.get(id)
+            if entry is not None and is_last:
+                entry.is_told = True
+                self._note_done(id, entry)
             wake, self._poll = self._poll, None
         return wake
 
-    def _end(self, id: int) -> None:
-        self._streams.pop(id, None)
+    def _left(self, id: int) -> None:
         with self._lock:
-            self._outbox.done.append(id)
-            wake, self._poll = self._poll, None
+            entry = self._open.get(id)
+            if entry is not None:
+                entry.has_left = True
+                self._note_done(id, entry)
+            wake, self._poll = (self._poll, None) if self._outbox else (None, self._poll)
         wake_readers([wake] if wake else [])
+
+    def _note_done(self, id: int, entry: _Open) -> None:
+        if entry.is_done:
+            self._outbox.done.append(id)
+            del self._open[id]
 
     def _loaded(self) -> Engine:
         if self._engine is None:

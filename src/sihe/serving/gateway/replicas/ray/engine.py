@@ -86,9 +86,10 @@ class RayEngine:
             self._check(self._ask(self._actor.submit.remote(id, request), _SUBMIT_S))
         except BaseException:
             with self._lock:
-                self._streams.pop(id, None)
-            raise
-        return stream
+                is_told = self._streams.pop(id, None) is None
+            if not is_told:
+                raise
+        return stream  # which has said it, where the replica was lost meanwhile
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Takes no more requests, ends the actor and frees its place. Safe to call again."""
