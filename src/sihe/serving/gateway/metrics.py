@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from sihe.serving.engine.ports import RequestStats, StepStats
@@ -15,6 +17,10 @@ class ServingMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry  # kept, so that its id is not given to another one
+        self.lock = threading.Lock()
+        self.loads: dict[
+            tuple[str, str], dict[int, StepStats]
+        ] = {}  # (deployment, version) → the newest of each replica
         deployment = ("deployment",)
         replica = ("deployment", "version")
         self.requests = _counter(registry, "requests", "requests ended", (*deployment, "outcome"))
@@ -51,11 +57,7 @@ class ReplicaMetrics:
         """Times the step and shows how full the engine is."""
         self._step.observe(stats.duration_s)
         metrics = self._metrics
-        # Looked up each time: another replica of this version may have removed them when it went.
-        metrics.running.labels(*self._labels).set(stats.running)
-        metrics.waiting.labels(*self._labels).set(stats.waiting)
-        metrics.kv_used.labels(*self._labels).set(stats.kv_used_tokens / stats.kv_capacity_tokens)
-        metrics.kv_cached.labels(*self._labels).set(stats.kv_cached_tokens / stats.kv_capacity_tokens)
+        self._show(stats)
         if stats.preempted:
             metrics.preemptions.labels(self._deployment).inc(stats.preempted)
         if stats.drafted_tokens:
@@ -76,10 +78,31 @@ class ReplicaMetrics:
                 histogram.labels(name).observe(value)
 
     def on_close(self) -> None:
-        """Takes the gauges of a replica that is gone off the page."""
+        """Takes the gauges of a version's last replica off the page."""
+        self._show(None)
+
+    def _show(self, stats: StepStats | None) -> None:
+        """The gauges of a version are those of all its replicas together; with None this one is gone."""
         metrics = self._metrics
-        for gauge in (metrics.running, metrics.waiting, metrics.kv_used, metrics.kv_cached):
-            gauge.remove(*self._labels)
+        gauges = (metrics.running, metrics.waiting, metrics.kv_used, metrics.kv_cached)
+        with metrics.lock:
+            loads = metrics.loads.setdefault(self._labels, {})
+            loads.pop(id(self), None)
+            if stats is not None:
+                loads[id(self)] = stats
+            if not loads:
+                for gauge in gauges:
+                    gauge.remove(*self._labels)
+                return
+            capacity = sum(load.kv_capacity_tokens for load in loads.values())
+            values = (
+                sum(load.running for load in loads.values()),
+                sum(load.waiting for load in loads.values()),
+                sum(load.kv_used_tokens for load in loads.values()) / capacity,
+                sum(load.kv_cached_tokens for load in loads.values()) / capacity,
+            )
+            for gauge, value in zip(gauges, values, strict=True):
+                gauge.labels(*self._labels).set(value)
 
 
 def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:
