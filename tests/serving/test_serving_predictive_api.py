@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import gevent
@@ -210,6 +211,17 @@ def test_metadata(client: triton.InferenceServerClient) -> None:
         with pytest.raises(InferenceServerException, match=r"no (deployment|version)") as caught:
             client.get_model_metadata(name, version)
         assert caught.value.status() == "404"
+
+
+def test_models_of_other_kinds_are_told_where_they_answer(client: triton.InferenceServerClient, house: House) -> None:
+    house.shelf.held["writer"] = SimpleNamespace(version="1")  # anything that is no predictor
+    try:
+        assert client.is_model_ready("writer")
+        with pytest.raises(InferenceServerException, match="under /v1") as caught:
+            client.infer("writer", [given("x", floats([1]))])
+        assert caught.value.status() == "400"
+    finally:
+        del house.shelf.held["writer"]
 
 
 # ---- inference -----------------------------------------------------------------------------------------------------

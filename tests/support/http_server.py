@@ -14,7 +14,7 @@ from fastapi import FastAPI
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The URL of a uvicorn server that runs `app` in a thread."""
-    # With its protocol named: asyncio turns Nagle's algorithm off for such sockets only, and else an answer's body waits
+    # With its protocol named: asyncio turns Nagle's algorithm off for such sockets only; else an answer's body waits
     # 40 ms for the client's acknowledgement of its head.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
