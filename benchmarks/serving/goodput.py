@@ -20,7 +20,7 @@ from benchmarks.harness import Claim, at_least, report
 from benchmarks.serving.contenders import servers
 from benchmarks.serving.contenders.client import Outcome, send_all
 from benchmarks.serving.contenders.model import model_folder
-from benchmarks.serving.contenders.pool import ContenderFailed, quiet
+from benchmarks.serving.contenders.pool import ContenderFailed, end_on_signal, quiet
 from benchmarks.serving.contenders.workload import Arrival, arrivals, queries
 
 TIMEOUT_S = 120.0
@@ -135,6 +135,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Every rate, every server in turn; 1 when ours was not measured."""
     chosen = parse()
+    end_on_signal()
     objective = Objective(chosen.ttft, chosen.tpot)
     folder = model_folder(chosen.home.resolve())
     found = queries(chosen.data, seed=0)

@@ -19,7 +19,7 @@ from benchmarks.harness import Claim, alternate, print_table, report
 from benchmarks.serving.contenders import servers
 from benchmarks.serving.contenders.client import send_all
 from benchmarks.serving.contenders.model import library_texts, model_folder
-from benchmarks.serving.contenders.pool import quiet
+from benchmarks.serving.contenders.pool import end_on_signal, quiet
 from benchmarks.serving.contenders.workload import Arrival, Query
 
 LIMIT = 1.05  # x the step without streams: what two runs of the same differ by here
@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--lock", type=Path, help="a file to hold while timing, shared with what else computes here")
     parser.add_argument("--home", type=Path, default=Path("build/benchmarks/serving"), help="where the model is kept")
     chosen = parser.parse_args()
+    end_on_signal()
     folder = model_folder(chosen.home.resolve())
     settings = {"dtype": chosen.precision, "max_context": 512, "threads": chosen.threads}
     settings["max_batch_size"] = chosen.streams

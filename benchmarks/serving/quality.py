@@ -41,20 +41,20 @@ _EXCLUDED = (
 )
 
 
-def trained(home: Path, steps: int) -> tuple[Path, Path]:
-    """Folders of the model and of its data set; trains where that has not been done with as many steps."""
+def trained(home: Path, preset: str, steps: int) -> tuple[Path, Path]:
+    """Folders of the model and of its data set; trains where that has not been done with that preset and as many steps."""
     from sihe.core import settings
     from sihe.core.workspace import Workspace
 
-    kept = home / f"trained-{steps}.json"
+    kept = home / f"trained-{preset}-{steps}.json"
     if not kept.exists():
         with Workspace(settings.load({"home": str(home)}, environ={}, directory=home)) as workspace:
-            kept.write_text(json.dumps([str(path) for path in _train(workspace, steps)]))
+            kept.write_text(json.dumps([str(path) for path in _train(workspace, preset, steps)]))
     model, dataset = json.loads(kept.read_text())
     return Path(model), Path(dataset)
 
 
-def _train(workspace: Workspace, steps: int) -> tuple[Path, Path]:
+def _train(workspace: Workspace, preset: str, steps: int) -> tuple[Path, Path]:
     from sihe.data.text.service import TextService
     from sihe.training.presets.reader import load_config
     from sihe.training.service import TrainingService
@@ -63,7 +63,7 @@ def _train(workspace: Workspace, steps: int) -> tuple[Path, Path]:
     prepared = TextService(workspace).prepare(DATASET, sources, vocab_size=VOCABULARY, exclude=_EXCLUDED)
     changed = {"dataset": str(prepared.folder), "model_name": MODEL, "max_steps": steps, "sequence_length": LENGTH}
     changed |= {"warmup_steps": max(1, steps // 10), "checkpoint_every": max(1, steps // 4), "world_size": 1}
-    result = TrainingService(workspace).train(load_config("nano-10m", changed))
+    result = TrainingService(workspace).train(load_config(preset, changed))
     print(f"trained {result.steps} steps to a loss of {result.final_loss:.3f}", flush=True)
     return workspace.tracking.download(result.model_version), prepared.folder
 
@@ -101,13 +101,14 @@ def perplexity(folder: Path, precision: str, windows: list[tuple[int, ...]]) -> 
 def main() -> int:
     """Trains where need be, measures each precision, and claims what it costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="nano-10m", help="what is trained: sihe train presets")
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--windows", type=int, default=200, help=f"of {LENGTH} held-out tokens")
     parser.add_argument("--home", type=Path, default=Path("build/benchmarks/quality"), help="where the model is kept")
     chosen = parser.parse_args()
     home = chosen.home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    model, dataset = trained(home, chosen.steps)
+    model, dataset = trained(home, chosen.preset, chosen.steps)
     windows = held_out(dataset, chosen.windows)
     reference = perplexity(model, REFERENCE, windows)
     print(f"{REFERENCE:10} perplexity {reference:.4f} over {len(windows) * (LENGTH - 1):,} held-out tokens")

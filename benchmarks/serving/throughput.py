@@ -22,7 +22,18 @@ from pathlib import Path
 from benchmarks.harness import Claim, at_least, report
 from benchmarks.serving.contenders.limits import Limits, measure_limits
 from benchmarks.serving.contenders.model import SHAPE, model_folder
-from benchmarks.serving.contenders.pool import OURS, Contender, ContenderFailed, Entry, Measured, first, quiet
+from benchmarks.serving.contenders.page import Row, write_page
+from benchmarks.serving.contenders.pool import (
+    OURS,
+    THREADS,
+    Contender,
+    ContenderFailed,
+    Entry,
+    Measured,
+    end_on_signal,
+    first,
+    quiet,
+)
 
 
 def _llama(precision: str, module: str = "llama") -> Entry:
@@ -130,19 +141,30 @@ def measure(cell: Cell, contenders: list[Contender], chosen: argparse.Namespace)
     return figures
 
 
-def show(cell: Cell, figures: Figures, limits: Limits, tokens: int) -> None:
+def rows_of(cell: Cell, figures: Figures, limits: Limits, tokens: int) -> list[Row]:
+    """Medians of every contender, and their shares of the limit."""
+    prefill = limits.prefill_tok_per_s(SHAPE, cell.precision, prompt=cell.prompt)
+    decode = limits.decode_tok_per_s(SHAPE, cell.precision, batch=cell.batch, context=cell.prompt + tokens / 2)
+    rows = []
+    for entry in figures.prefill:
+        speeds = statistics.median(figures.prefill[entry]), statistics.median(figures.decode[entry])
+        shares = (speeds[0] / prefill, speeds[1] / decode) if entry.precision == cell.precision else (None, None)
+        at = (cell.precision, cell.prompt, cell.batch)
+        rows.append(Row(*at, entry.name, *speeds, *shares, figures.disturbed))
+    return rows
+
+
+def show(cell: Cell, figures: Figures, rows: list[Row]) -> None:
     """A line a contender: medians with their range, and the share of the limit."""
     print(f"\n{cell.precision}, batch {cell.batch}, prompt {cell.prompt}: tokens/s, median (least, most), of the limit")
-    most = {
-        "prefill": limits.prefill_tok_per_s(SHAPE, cell.precision, prompt=cell.prompt),
-        "decode": limits.decode_tok_per_s(SHAPE, cell.precision, batch=cell.batch, context=cell.prompt + tokens / 2),
-    }
-    for entry in figures.prefill:
+    for entry, row in zip(figures.prefill, rows, strict=True):
         line = f"  {entry.name:22}"
-        for phase, values in (("prefill", figures.prefill[entry]), ("decode", figures.decode[entry])):
-            middle = statistics.median(values)
+        for phase, values, middle, share in (
+            ("prefill", figures.prefill[entry], row.prefill_tok_per_s, row.prefill_share),
+            ("decode", figures.decode[entry], row.decode_tok_per_s, row.decode_share),
+        ):
             line += f"  {phase} {middle:7.0f} ({min(values):.0f}, {max(values):.0f})"
-            line += f" {middle / most[phase]:4.0%}" if entry.precision == cell.precision else "     "
+            line += "     " if share is None else f" {share:4.0%}"
         print(line, flush=True)
     if figures.disturbed >= CALM:
         print(f"  others had up to {figures.disturbed:.0%} of this machine while that was timed")
@@ -186,6 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--urgent", action="store_true", help="go before other processes (as root): not an idle machine"
     )
+    parser.add_argument("--page", type=Path, help="a Markdown file to write with all figures")
     parser.add_argument("--home", type=Path, default=Path("build/benchmarks/serving"), help="where the model is kept")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -196,13 +219,15 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """One precision after the other, so that not all models are in memory at once; 1 when ours was not measured."""
     chosen = parse()
+    end_on_signal()
     folder = model_folder(chosen.home.resolve())
     claims: list[Claim] = []
+    rows: list[Row] = []
     measured = True
     for precision in chosen.precisions:
         with quiet(chosen.lock), first(os.getpid(), really=chosen.urgent):
-            limits = measure_limits()
-        print(f"\n== {precision}: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, ", end="")
+            limits = measure_limits(SHAPE)
+        print(f"\n== {precision}: {limits.read_bytes_per_s[precision] / 1e9:.1f} GB/s read, ", end="")
         print(f"{limits.operations_per_s[precision] / 1e9:.0f} thousand million operations/s", flush=True)
         contenders = start(precision, folder, chosen)
         measured &= any(contender.entry.module == OURS for contender in contenders)
@@ -212,12 +237,16 @@ def main() -> int:
             for prompt, batch in itertools.product(chosen.prompts, chosen.batches):
                 cell = Cell(precision, prompt, batch)
                 figures = measure(cell, contenders, chosen)
-                show(cell, figures, limits, chosen.tokens)
+                found = rows_of(cell, figures, limits, chosen.tokens)
+                show(cell, figures, found)
+                rows += found
                 claims += claims_of(cell, figures)
         finally:
             for contender in contenders:
                 contender.close()
     report(__file__, claims)
+    if chosen.page:
+        write_page(chosen.page, rows, threads=THREADS, repeats=chosen.repeats, steps=chosen.tokens - 1)
     return 0 if measured or (chosen.only and OURS not in chosen.only) else 1
 
 

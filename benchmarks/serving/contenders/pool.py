@@ -144,6 +144,15 @@ def _set_policy(process: int, policy: int, priority: int) -> None:
             os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
 
 
+def end_on_signal() -> None:
+    """Lets a signal to end this process run its `finally`s, which end those that it started."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 @contextlib.contextmanager
 def quiet(lock: Path | None) -> Iterator[None]:
     """Holds the file at `lock`, which whoever else computes on this machine shares, so that timings are undisturbed."""

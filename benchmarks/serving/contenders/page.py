@@ -1,0 +1,54 @@
+"""The page of a whole run: every contender at every cell, with its share of the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEAD = """# Tokens per second of the engine and its peers
+
+Written by `python -m benchmarks.serving.throughput --page docs/reference/serving_speed.md`: a Llama of 124.7 M
+parameters with random weights, {threads} processors, medians of {repeats} alternating repeats. Decoding is {steps}
+tokens after the prompt. Shares are of the limit of that precision on this machine: for decoding reading all weights and
+keys once a step, or the peak of multiplication where that takes longer; for prefill the peak.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one cell; shares are None where its precision is not the cell's."""
+
+    precision: str
+    prompt: int
+    batch: int
+    contender: str
+    prefill_tok_per_s: float
+    decode_tok_per_s: float
+    prefill_share: float | None
+    decode_share: float | None
+    disturbed: float
+
+
+def write_page(path: Path, rows: Sequence[Row], *, threads: int, repeats: int, steps: int) -> None:
+    """A table for each precision and length of prompt."""
+    parts = [_HEAD.format(threads=threads, repeats=repeats, steps=steps)]
+    for precision, prompt in dict.fromkeys((row.precision, row.prompt) for row in rows):
+        of = [row for row in rows if (row.precision, row.prompt) == (precision, prompt)]
+        batches = list(dict.fromkeys(row.batch for row in of))
+        parts.append(f"## {precision}, prompts of {prompt} tokens\n")
+        columns = [f"{phase} B={batch}" for phase in ("prefill", "decode") for batch in batches]
+        lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for contender in dict.fromkeys(row.contender for row in of):
+            found = {row.batch: row for row in of if row.contender == contender}
+            cells = [_cell(found[batch].prefill_tok_per_s, found[batch].prefill_share) for batch in batches]
+            cells += [_cell(found[batch].decode_tok_per_s, found[batch].decode_share) for batch in batches]
+            lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+        disturbed = max(row.disturbed for row in of)
+        parts.append(f"Others had at most {disturbed:.0%} of the machine meanwhile.\n")
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _cell(speed: float, share: float | None) -> str:
+    return f"{speed:,.0f}" if share is None else f"{speed:,.0f} ({share:.0%})"
