@@ -226,3 +226,25 @@ def test_an_open_end_is_no_text(tmp_path: Path) -> None:
             found = answer(endless, constraint=Constraint("regex", "[ab]+"), temperature=2.0, seed=seed, max_tokens=60)
             assert found.text
             assert set(found.text) <= {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"constraint": Constraint("regex", "(abcab|bca){3,9}")},
+        {
+            "constraint": Constraint(
+                "json_schema", '{"type": "array", "items": {"enum": ["fox", "box"]}, "minItems": 5}'
+            )
+        },
+        {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "prompt": "fox box fox box fox box"},
+        {"logit_bias": ((70, 3.0),), "min_tokens": 30, "prompt": "dozen jugs dozen jugs"},
+    ],
+)
+def test_speculation_changes_nothing_of_what_is_asked(served: Engine, folder: Path, fields: dict[str, object]) -> None:
+    plain = answer(served, temperature=0.0, max_tokens=60, logprobs=0, **fields)
+    with Engine.load(folder, EngineConfig(max_batch_size=4, token_budget=24, speculation="ngram")) as guessing:
+        guessed = answer(guessing, temperature=0.0, max_tokens=60, logprobs=0, **fields)
+    assert guessed.token_ids == plain.token_ids
+    assert guessed.text == plain.text
+    assert guessed.finish_reason == plain.finish_reason
