@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 from sihe.core.errors import ConfigError, CorruptData, InvalidInput, NotFound
 from sihe.models.errors import CheckpointMismatch
+from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.compute.step import Feed
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
@@ -199,6 +200,27 @@ def test_one_request_that_fails_harms_no_other(model_folder: Path, monkeypatch: 
             if poison not in (*expected.token_ids, *(request.prompt or ())):
                 assert said([stream.result(30)]) == said([expected])
         assert engine.is_alive
+
+
+@pytest.mark.parametrize("method", ["draws", "read"])
+def test_an_answer_that_cannot_go_on_harms_no_other(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    asked = GenerationRequest(prompt=(5, 6), max_tokens=6, temperature=0)
+    expected = engine.submit(asked).result(30)
+    plain = getattr(Answer, method)
+
+    def failing(self: Answer, *arguments: object) -> object:
+        if self.request.seed == 13 and self.count == 2:
+            raise RuntimeError("out of ink")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Answer, method, failing)
+    good = [engine.submit(asked), engine.submit(asked)]
+    with pytest.raises(GenerationFailed, match="out of ink"):
+        engine.submit(replace(asked, seed=13)).result(30)
+    assert said([stream.result(30) for stream in good]) == said([expected] * 2)
+    assert engine._pool.num_used == 0
 
 
 def test_weights_that_are_not_numbers_are_an_error_not_an_answer(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from sihe.core.clock import Clock, SystemClock
-from sihe.core.errors import CorruptData, InvalidInput
+from sihe.core.errors import CorruptData, InvalidInput, SiheError
 from sihe.core.telemetry import logger
 from sihe.serving.engine.adapters import AdapterPlace, AdapterShelf, EngineAdapters
 from sihe.serving.engine.answer import Answer
@@ -32,9 +32,8 @@ from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.speculation import NOTHING, PromptIndex, Proposal, Proposer, Speculation
 from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
-from sihe.serving.engine.tools import ToolCallDelta, join_deltas
-from sihe.serving.engine.types import FinishReason, GenerationEvent, GenerationRequest, TokenLogprob
-from sihe.serving.engine.work import Result, Work, compute
+from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.engine.work import Result, Work, compute, take
 from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
 
 _WARM_TOKENS = 4
@@ -340,10 +339,7 @@ class Engine:
         started_s = self._clock.monotonic_s()
         self._note_admitted(plan, started_s)
         proposals = self._propose(plan)
-        works = {
-            chunk.id: Work.of(self._sequences[chunk.id], chunk, proposals.get(chunk.id, NOTHING))
-            for chunk in (*plan.decode, *plan.prefill)
-        }
+        works = self._works(plan, proposals)
         begun_s = self._clock.monotonic_s()
         wakes: list[Wake] = []
         accepted = self._compute(works, wakes)
@@ -383,6 +379,15 @@ class Engine:
             [(self._sequences[chunk.id], chunk.drafts) for chunk in plan.decode if chunk.drafts]
         )
 
+    def _works(self, plan: StepPlan, proposals: dict[int, Proposal]) -> dict[int, Work]:
+        works: dict[int, Work] = {}
+        for chunk in (*plan.decode, *plan.prefill):
+            try:
+                works[chunk.id] = Work.of(self._sequences[chunk.id], chunk, proposals.get(chunk.id, NOTHING))
+            except Exception as error:  # noqa: BLE001 - what a request asks for is its own trouble
+                self._fail(chunk.id, self._failure(error))
+        return works
+
     def _note_admitted(self, plan: StepPlan, now_s: float) -> None:
         if not plan.admitted:
             return
@@ -398,6 +403,8 @@ class Engine:
 
         Returns how many of the proposed tokens were accepted.
         """
+        if not works:
+            return 0
         assert self._runner is not None
         try:
             results = compute(self._runner, list(works.values()))
@@ -405,10 +412,7 @@ class Engine:
             if len(works) > 1:
                 return sum(self._compute({id: work}, wakes) for id, work in works.items())
             for id in works:
-                self._log.error("generation_failed", error=repr(error), exc_info=error)
-                failure = GenerationFailed(f"the model failed on this request: {error}")
-                failure.__cause__ = error
-                self._fail(id, failure)
+                self._fail(id, self._failure(error))
             return 0
         accepted = 0
         for work, result in zip(works.values(), results, strict=True):
@@ -416,58 +420,35 @@ class Engine:
                 kept = len(result.sampled) - 1
                 accepted += kept
                 self._speculation.add_outcome(self._sequences[work.chunk.id], len(work.proposal.tokens), kept)
-            wake = self._accept(self._sequences[work.chunk.id], work, result)
+            wake = self._accept(work, result)
             if wake is not None:
                 wakes.append(wake)
         return accepted
 
-    def _accept(self, sequence: Sequence, work: Work, result: Result) -> Wake | None:
+    def _accept(self, work: Work, result: Result) -> Wake | None:
         """Takes what a step has brought into the answer and tells the reader."""
-        chunk = work.chunk
-        if work.targets:
-            sequence.scored[chunk.start : chunk.start + len(result.scored)] = result.scored
-        if not result.sampled and not (chunk.last and sequence.remaining == 0):
-            self._scheduler.advance(chunk.id, computed=chunk.start + chunk.length, length=sequence.length)
+        id, end = work.chunk.id, work.chunk.start + work.chunk.length
+        sequence = self._sequences[id]
+        try:
+            event = take(sequence, work, result, self.tokenizer)
+        except Exception as error:  # noqa: BLE001 - the answer of one request; the batch goes on
+            self._fail(id, error if isinstance(error, SiheError) else self._failure(error))
             return None
-        known = sequence.length
-        text, calls = "", list[ToolCallDelta]()
-        reason: FinishReason | None = None if result.sampled else "length"
-        logprobs: list[TokenLogprob] = []
-        if not sequence.output:
-            text, echoed = sequence.answer.echo(sequence.prompt, sequence.scored)
-            logprobs += echoed
-        for sampled in result.sampled:
-            if not sampled.is_finite:
-                self._fail(
-                    chunk.id, GenerationFailed("the model's output is not finite: its weights hold NaN or infinity")
-                )
-                return None
-            sequence.append(sampled.token)
-            said = sequence.answer.read(sampled.token)
-            text, reason = text + said.text, said.reason
-            calls += said.calls
-            if sampled.logprob is not None:
-                logprobs.append(self.tokenizer.spell(sampled.token, sampled.logprob, sampled.top))
-            if reason is not None:
-                break
-        if sequence.answer.failure is not None:
-            self._fail(chunk.id, sequence.answer.failure)
-            return None
-        if sequence.first_token_s is None:
+        if sequence.first_token_s is None and event is not None:
             sequence.first_token_s = self._clock.monotonic_s()
         # The last token that was accepted is known and not computed.
-        self._scheduler.advance(chunk.id, computed=sequence.length - 1, length=sequence.length)
-        event = GenerationEvent(
-            text=text,
-            token_ids=tuple(sequence.tokens(known, sequence.length)),
-            usage=sequence.usage,
-            finish_reason=reason,
-            logprobs=tuple(logprobs),
-            tool_calls=join_deltas(calls),
-        )
-        if reason is not None:
-            self._leave(chunk.id, reason)
+        self._scheduler.advance(id, computed=end if event is None else sequence.length - 1, length=sequence.length)
+        if event is None:
+            return None
+        if event.finish_reason is not None:
+            self._leave(id, event.finish_reason)
         return sequence.stream.deliver(event)
+
+    def _failure(self, error: Exception) -> GenerationFailed:
+        self._log.error("generation_failed", error=repr(error), exc_info=error)
+        failure = GenerationFailed(f"the model failed on this request: {error}")
+        failure.__cause__ = error
+        return failure
 
     def _fail(self, id: int, error: BaseException) -> None:
         """Ends one request with an error."""

@@ -15,6 +15,10 @@ from sihe.serving.engine.sampler import Draw, Sampled, Scored, sample, score
 from sihe.serving.engine.scheduler import Chunk
 from sihe.serving.engine.sequence import Sequence
 from sihe.serving.engine.speculation import NOTHING, Proposal, agree, verify
+from sihe.serving.engine.tokenizer import ModelTokenizer
+from sihe.serving.engine.tools import ToolCallDelta, join_deltas
+from sihe.serving.engine.types import FinishReason, GenerationEvent, TokenLogprob
+from sihe.serving.errors import GenerationFailed
 
 
 class Forward(Protocol):
@@ -99,3 +103,43 @@ def _choose(logits_OV: Tensor, works: Items[Work], ends: Items[int]) -> list[Sam
     if len(rows) == len(logits_OV):
         return sample(logits_OV, draws)
     return sample(logits_OV[torch.tensor(rows, device=logits_OV.device)], draws)
+
+
+def take(sequence: Sequence, work: Work, result: Result, tokenizer: ModelTokenizer) -> GenerationEvent | None:
+    """Takes what a step has brought into the answer of `sequence`; None while its prompt is still being read.
+
+    Raises `GenerationFailed` where the model's output means nothing, and what the answer itself has failed with.
+    """
+    if work.targets:
+        start = work.chunk.start
+        sequence.scored[start : start + len(result.scored)] = result.scored
+    if not result.sampled and not (work.chunk.last and sequence.remaining == 0):
+        return None
+    known = sequence.length
+    text, calls = "", list[ToolCallDelta]()
+    reason: FinishReason | None = None if result.sampled else "length"
+    logprobs: list[TokenLogprob] = []
+    if not sequence.output:
+        text, echoed = sequence.answer.echo(sequence.prompt, sequence.scored)
+        logprobs += echoed
+    for sampled in result.sampled:
+        if not sampled.is_finite:
+            raise GenerationFailed("the model's output is not finite: its weights hold NaN or infinity")
+        sequence.append(sampled.token)
+        said = sequence.answer.read(sampled.token)
+        text, reason = text + said.text, said.reason
+        calls += said.calls
+        if sampled.logprob is not None:
+            logprobs.append(tokenizer.spell(sampled.token, sampled.logprob, sampled.top))
+        if reason is not None:
+            break
+    if sequence.answer.failure is not None:
+        raise sequence.answer.failure
+    return GenerationEvent(
+        text=text,
+        token_ids=tuple(sequence.tokens(known, sequence.length)),
+        usage=sequence.usage,
+        finish_reason=reason,
+        logprobs=tuple(logprobs),
+        tool_calls=join_deltas(calls),
+    )
