@@ -42,7 +42,7 @@ _EXCLUDED = (
 
 
 def trained(home: Path, preset: str, steps: int) -> tuple[Path, Path]:
-    """Folders of the model and of its data set; trains where that has not been done with that preset and as many steps."""
+    """Folders of the model and of its data set; trains where that was not done with that preset and number of steps."""
     from sihe.core import settings
     from sihe.core.workspace import Workspace
 
