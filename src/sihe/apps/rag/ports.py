@@ -35,6 +35,19 @@ class Embedder(Protocol):
         ...
 
 
+class Reranker(Protocol):
+    """Reads a question beside each passage and says how well it answers: slower and better than comparing vectors."""
+
+    @property
+    def name(self) -> str:
+        """What a passage's `retriever` says has ranked it."""
+        ...
+
+    def score(self, query: str, texts: Sequence[str]) -> list[float]:
+        """A number from 0 to 1 for each text. Raises `TransientError` when they cannot be had now."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat."""

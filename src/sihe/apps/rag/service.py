@@ -14,8 +14,8 @@ from sihe.apps.rag.errors import CorruptIndex, EmptyQuestion
 from sihe.apps.rag.generator import generate_answer
 from sihe.apps.rag.index import Index, current_version, describe, index_names, load_index
 from sihe.apps.rag.indexing import Progress, build_index
-from sihe.apps.rag.ports import Embedder, Generator
-from sihe.apps.rag.retriever import retrieve
+from sihe.apps.rag.ports import Embedder, Generator, Reranker
+from sihe.apps.rag.retriever import has_made, retrieve
 from sihe.apps.rag.types import Answer, Document, IndexInfo, IndexReport, Passage
 from sihe.core.errors import InvalidInput, NotFound, TooLarge, TransientError
 from sihe.core.ids import check_name
@@ -31,7 +31,8 @@ class RagService:
     """Builds indexes, searches them and answers questions from them. May be shared by threads.
 
     `embedder` and `generator` replace what settings and installed packages would give; `use_embedder=False` keeps to
-    BM25. A generator that does not answer is replaced by an extractive answer, whose `note` says so.
+    BM25. A `reranker` puts the best passages in its order. A generator that does not answer is replaced by an
+    extractive answer, whose `note` says so.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class RagService:
         *,
         embedder: Embedder | None = None,
         generator: Generator | None = None,
+        reranker: Reranker | None = None,
         use_embedder: bool = True,
     ) -> None:
         self._folder = workspace.path("indexes")
         self._embedder = (embedder or find_embedder()) if use_embedder else None
+        self._reranker = reranker
         self._generator = generator or _configured_generator(workspace)
         self._loaded: dict[str, Index] = {}
         self._lock = threading.Lock()
@@ -63,13 +66,13 @@ class RagService:
 
     def search(self, name: str, query: str, k: int = 8) -> list[Passage]:
         """The `k` best passages of index `name`, best first. Raises `NotFound`, `EmptyQuestion`, `CorruptIndex`."""
-        return retrieve(self._index(name), _checked_question(query), _checked_k(k), self._embedder)
+        return retrieve(self._index(name), _checked_question(query), _checked_k(k), self._embedder, self._reranker)
 
     def ask(self, name: str, question: str, *, k: int = 8) -> Answer:
         """An answer to `question` from index `name`, with checked citations."""
         index = self._index(name)
         checked = _checked_question(question)
-        passages = retrieve(index, checked, _checked_k(k), self._embedder)
+        passages = retrieve(index, checked, _checked_k(k), self._embedder, self._reranker)
         retriever = passages[0].retriever if passages else index.retriever
         note = self._note(index)
         if self._generator is not None:
@@ -108,7 +111,7 @@ class RagService:
 
     def _note(self, index: Index) -> str | None:
         """What should be said when the index has vectors that cannot be used here."""
-        if index.embedder and (self._embedder is None or self._embedder.name != index.embedder):
+        if index.embedder and not has_made(self._embedder, index):
             return f"the index holds vectors of {index.embedder}, which is not available here: BM25 alone searched"
         return None
 
