@@ -16,7 +16,10 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.serving.engine.compute.cpu.compute import CpuCompute
 from sihe.serving.engine.compute.cpu.kernels import Kind
+from sihe.serving.engine.compute.cpu.layout import lay_out
 from sihe.serving.engine.compute.cpu.support import WeightKind
+from sihe.serving.engine.compute.cpu.team import _work
+from sihe.serving.engine.compute.cpu.warm import compile_kernels
 from sihe.serving.engine.compute.cpu.weights import pack, unpack
 from sihe.serving.engine.compute.step import Feed, Step
 from sihe.serving.engine.kv.storage import KvPages, blocks_of
@@ -183,3 +186,11 @@ def test_what_lies_behind_a_sequence_is_not_read() -> None:
 def test_a_step_that_points_outside_is_refused(feed: Feed) -> None:
     with computing(decoder(LLAMA)) as compute, pytest.raises(InternalError, match="not there"):
         compute.forward(Step.of([feed]))
+
+
+def test_warming_up_leaves_nothing_to_compile() -> None:
+    compile_kernels()
+    before = (len(_work.signatures), len(lay_out.signatures))
+    with computing(decoder(LLAMA)) as compute:
+        fed(compute, [1, 2, 3], BLOCKS)
+    assert (len(_work.signatures), len(lay_out.signatures)) == before

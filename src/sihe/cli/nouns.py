@@ -16,6 +16,7 @@ class Noun(NamedTuple):
 NOUNS: dict[str, Noun] = {
     "demo": Noun("The main job on real input: data, training, serving, search, a lab.", "sihe.cli.demo.commands"),
     "up": Noun("Serve the console and the APIs.", "sihe.console.commands"),
+    "warmup": Noun("Compile what engines on this processor need, before the first one loads.", "sihe.serving.warmup"),
     "map": Noun("Show the map of topics and what runs behind each.", "sihe.apps.coach.commands", "map_app"),
     "lake": Noun("Tables of the data lake.", "sihe.data.commands", "lake_app"),
     "text": Noun("Files to a tokenised dataset: filter, dedupe, tokenise, pack.", "sihe.data.commands", "text_app"),

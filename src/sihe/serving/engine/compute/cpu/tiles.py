@@ -33,8 +33,8 @@ ROWS = (12, 8, 4, 2, 1)
 ROWS_INT4 = (6, 4, 2, 1)
 """The same for int4, which sums a group in integers and then all groups in float32: four registers a row."""
 _AHEAD = 4096
-"""Bytes that weights are asked for before they are needed: with bfloat16, one row and weights in memory, two threads read
-33 GB/s so, and 25 where it is left to the processor, whose own prefetching ends at each page (Emerald Rapids)."""
+"""Bytes that weights are asked for before they are needed: with bfloat16, one row and weights in memory, two threads
+read 33 GB/s so, and 25 where it is left to the processor, whose own prefetching ends at each page (Emerald Rapids)."""
 _HALVES = (0, 64)  # bytes from one register of a panel's step to the next
 
 
