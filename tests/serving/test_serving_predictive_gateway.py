@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.types import DeploymentState
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.registration import register, save_onnx
+from sihe.serving.tenants import Access, TenantStore
+from sihe.serving.tenants.http import PROBES
 from support.http_server import serving
 from support.predictive_models import matmul_onnx
 from support.tiny_models import tiny_config, tiny_model
@@ -130,6 +133,26 @@ def test_versions_and_readiness(house: House, gateway: Gateway) -> None:
         with pytest.raises(InferenceServerException, match="deployed are: scale") as caught:
             client.get_model_metadata("absent")
         assert caught.value.status() == "404"
+
+
+def test_keys_guard_everything_but_probes(gateway: Gateway, tmp_path: Path) -> None:
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 1, 1, 1]}]}
+    home = settings.load({"home": str(tmp_path)}, environ={}, directory=tmp_path)
+    with Workspace(home) as keys, contextlib.closing(Access(keys)) as access:
+        store = TenantStore(keys.records, keys.clock)
+        _, mine = store.create_key("mine", deployments=frozenset({"scale"}))
+        _, other = store.create_key("other", deployments=frozenset({"writer"}))
+        app = FastAPI()
+        app.include_router(router(gateway, access))
+        install_errors(app)
+        with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+            for path in PROBES:
+                assert client.get(path).status_code == 200
+            for key, status in (("", 401), ("wrong", 401), (other.text, 403), (mine.text, 200)):
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                answer = client.post("/v2/models/scale/infer", json=body, headers=headers)
+                assert answer.status_code == status, answer.text
+                assert status == 200 or list(answer.json()) == ["error"]
 
 
 def test_unknown_paths_are_in_the_protocols_form(house: House) -> None:

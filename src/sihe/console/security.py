@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sihe.core.errors import Forbidden, InvalidInput, SiheError
 from sihe.serving.tenants.access import Access
-from sihe.serving.tenants.http import address_of
+from sihe.serving.tenants.http import PROBES, address_of
 
 POLICY = "; ".join(
     (
@@ -43,7 +43,7 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-_OPEN_PATHS = ("/healthz", "/readyz", "/static/", "/login")
+_OPEN_PATHS = ("/healthz", "/readyz", *PROBES, "/static/", "/login")
 
 
 class SecurityHeaders:

@@ -10,14 +10,18 @@ from starlette.concurrency import run_in_threadpool
 from sihe.serving.tenants.access import Access, Admission
 from sihe.serving.tenants.types import Caller
 
+PROBES = ("/v2/health/live", "/v2/health/ready")  # who asks these has no key, and learns only whether this works
+
 
 def require_caller(access: Access) -> Callable[[Request], Awaitable[None]]:
     """A dependency that lets in who may use the path, and remembers who it is.
 
-    Whom a middleware before has identified (`request.state.caller`) is not asked again.
+    Whom a middleware before has identified (`request.state.caller`) is not asked again, and probes are not at all.
     """
 
     async def check(request: Request) -> None:
+        if request.url.path in PROBES:
+            return
         caller = getattr(request.state, "caller", None)
         if caller is None:
             caller = await access.identify_async(request.headers, address_of(request))
