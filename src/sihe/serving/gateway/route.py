@@ -32,6 +32,7 @@ from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentSt
 
 T = TypeVar("T")
 _RETRY_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # between attempts to load what may fit or arrive later
+_ROOM_S = 2.0
 _TICK_S = 1.0  # between looks at an elastic deployment's load
 _FILLED = 0.75  # of `max_batch_size`: the usual target for requests in hand, which leaves room for those that come
 _LOADS_AT_ONCE = {"local": 1, "openai": 1, "ray": 8}  # on one machine each load must see what the one before took
@@ -131,19 +132,19 @@ class Route:
         while True:
             replica = self._requests.pick(work=weight, avoid=frozenset(tried))
             tried.add(replica.id)
-            replica.take(weight, self._clock.monotonic_s())
+            replica.ledger.take(weight, self._clock.monotonic_s())
             try:
                 result = work(replica.held())
             except LOST as error:
-                replica.failed(self._clock.monotonic_s())
+                replica.ledger.failed(self._clock.monotonic_s())
                 self._notify()  # bring in another
                 if len(tried) >= self._deployment.replicas.max_attempts:
                     raise NotReady(self.name, str(error)) from error
             else:
-                replica.succeeded()
+                replica.ledger.succeeded()
                 return result
             finally:
-                replica.release(weight)
+                replica.ledger.release(weight)
 
     @property
     def is_ready(self) -> bool:
@@ -215,7 +216,7 @@ class Route:
             self._changed.wait_for(lambda: not self._is_loading())
             left = self._replicas
             for replica in left:
-                if replica.state is not ReplicaState.DRAINING:
+                if replica.state not in (ReplicaState.DRAINING, ReplicaState.GONE):
                     self._retire(replica, drain=drain, timeout_s=timeout_s)
             if not self._changed.wait_for(lambda: not self._replicas, timeout_s if drain else 0):
                 for replica in self._replicas:
@@ -427,4 +428,6 @@ def _failure(wish: _Wish, error: Exception, former: _Failure | None, now_s: floa
     attempts = 1 + (former.attempts if former and wish.is_met_by(former.wish) else 0)
     may_pass = isinstance(error, TransientError | NoMemory | OSError) and not isinstance(error, FileNotFoundError)
     wait_s = _RETRY_S[min(attempts, len(_RETRY_S)) - 1]
+    if isinstance(error, NoRoom):  # to ask whether a node has come costs little
+        wait_s = min(wait_s, _ROOM_S)
     return _Failure(wish, error, attempts, now_s + wait_s if may_pass else None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sihe.core.errors import ConfigError
-from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.predictive.config import KIND, KIND_TAG, PredictiveConfig
+
+if TYPE_CHECKING:
+    from sihe.core.tracking import ModelVersion
 
 ModelSettings = EngineConfig | PredictiveConfig
 

@@ -119,7 +119,9 @@ class Dispatcher:
         """The replica for a request. Raises `NotReady` when there is none beside those to `avoid`."""
         now_s = self._clock.monotonic_s()
         there = {replica.id: replica for replica in self._replicas if replica.id not in avoid and replica.is_serving}
-        chosen = choose([replica.candidate(now_s) for replica in there.values()], prefix, self._random, work=work)
+        chosen = choose(
+            [replica.ledger.candidate(replica.id, now_s) for replica in there.values()], prefix, self._random, work=work
+        )
         if chosen is None:
             raise self._why_none() or NotReady(self._name, "its replicas are on their way")
         return there[chosen]
@@ -307,7 +309,7 @@ class Dispatcher:
             return True
 
     def _note_failure(self, replica: Replica, error: BaseException) -> None:
-        replica.failed(self._clock.monotonic_s())
+        replica.ledger.failed(self._clock.monotonic_s())
         self._log.warning("replica_failed", replica=replica.id, version=replica.version.version, error=repr(error))
         self._on_change()
 
@@ -322,7 +324,7 @@ class Dispatcher:
 
     def finished(self, replica: Replica) -> None:
         """An answer is whole."""
-        replica.succeeded()
+        replica.ledger.succeeded()
 
     def failed(self, answer: RoutedStream, replica: Replica, error: BaseException, *, again: bool) -> None:
         """A replica failed; with `again` the request is sent to another."""

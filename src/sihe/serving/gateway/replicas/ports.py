@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream, Relay
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.gateway.replicas.config import Backend
 from sihe.serving.gateway.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from sihe.core.tracking import ModelVersion
 
 
 class Served(Protocol):
@@ -51,5 +53,11 @@ class ReplicaEngine(Served, Protocol):
         ...
 
 
-Load = Callable[[ModelVersion, ModelSettings, Backend, EngineObserver], Served]
-"""Brings a version into memory where the backend says. Raises what is wrong with it, or that there is no room."""
+class Load(Protocol):
+    """Brings a version into memory where the backend says."""
+
+    def __call__(
+        self, version: ModelVersion, settings: ModelSettings, backend: Backend, observer: EngineObserver, /
+    ) -> Served:
+        """What was loaded. Raises what is wrong with the version, or that there is no room."""
+        ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -12,9 +11,8 @@ from sihe.serving.engine.ports import RequestStats, StepStats
 from sihe.serving.engine.stream import GenerationStream, Relay
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import EngineClosed, WrongCapability
-from sihe.serving.gateway.replicas.balancer import Candidate
-from sihe.serving.gateway.replicas.breaker import Breaker
 from sihe.serving.gateway.replicas.config import Backend
+from sihe.serving.gateway.replicas.ledger import Ledger
 from sihe.serving.gateway.replicas.ports import Load, ReplicaEngine, Served
 from sihe.serving.gateway.replicas.types import ReplicaState, ReplicaStatus
 from sihe.serving.gateway.settings import ModelSettings
@@ -43,10 +41,7 @@ class Replica:
         self.kv_used = 0.0
         self._on_change = on_change
         self._served: Served | None = None
-        self._lock = threading.Lock()
-        self._breaker = Breaker()
-        self._outstanding = 0.0
-        self._in_flight = 0
+        self.ledger = Ledger()
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -133,15 +128,15 @@ class Replica:
         """Starts a request of so much `work`. Raises what the engine raises."""
 
         def done() -> None:
-            self.release(work)
+            self.ledger.release(work)
             if on_done is not None:
                 on_done()
 
-        self.take(work, now_s)
+        self.ledger.take(work, now_s)
         try:
             return self._generator().submit(request, on_done=done, relay=relay)
         except BaseException:
-            self.release(work)
+            self.ledger.release(work)
             raise
 
     def _generator(self) -> ReplicaEngine:
@@ -150,38 +145,10 @@ class Replica:
             raise WrongCapability(self.served_by, wanted="generation", has=str(capability))
         return cast(ReplicaEngine, held)
 
-    def take(self, work: float, now_s: float) -> None:
-        """A request of so much `work` goes here."""
-        with self._lock:
-            self._outstanding += work
-            self._in_flight += 1
-            self._breaker.sent(now_s)
-
-    def release(self, work: float) -> None:
-        """A request has left."""
-        with self._lock:
-            self._in_flight -= 1
-            self._outstanding = self._outstanding - work if self._in_flight else 0.0  # sums of floats drift
-
-    def succeeded(self) -> None:
-        """A request was answered."""
-        with self._lock:
-            self._breaker.succeeded()
-
-    def failed(self, now_s: float) -> None:
-        """A request failed here."""
-        with self._lock:
-            self._breaker.failed(now_s)
-
-    def candidate(self, now_s: float) -> Candidate:
-        """The replica as the balancer sees it."""
-        with self._lock:
-            return Candidate(self.id, self._outstanding, self._breaker.allows(now_s))
-
     @property
     def in_flight(self) -> int:
         """Requests that were sent here and have not left."""
-        return self._in_flight
+        return self.ledger.in_flight
 
     def _move(self, state: ReplicaState) -> None:
         if _ORDER.index(state) <= _ORDER.index(self.state):
