@@ -24,7 +24,8 @@ from torch import Tensor
 from sihe.serving.engine.history import TokenHistory
 from sihe.serving.engine.seeds import uniform
 
-_WINDOW = 256  # tokens sorted before a whole row is: top-k and nucleus sets of trained models are nearly always smaller
+# Tokens sorted before a whole row is: top-k and nucleus sets of trained models are nearly always within the first.
+_WINDOWS = (256, 4096)
 _BLOCK = 256  # weights that are summed as one before the drawn one is looked for among them
 _SCORED_ROWS = 64  # rows of a prompt whose log-probabilities are computed at once: bounds the memory
 
@@ -207,10 +208,13 @@ def _best(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
     """Logits of `rows` in float32, below their maximum (so that no temperature overflows), over the temperature;
     minus infinity where min-p cuts them off."""
-    index = torch.tensor(rows, device=logits_BV.device)
+    if len(rows) == len(logits_BV):  # usual: no rows to pick out
+        scaled = logits_BV.float() - best_B[:, None].float()
+    else:
+        index = torch.tensor(rows, device=logits_BV.device)
+        scaled = logits_BV[index].float() - best_B[index, None].float()
     temperature = torch.tensor([[draws[row].temperature] for row in rows], device=logits_BV.device)
-    shifted = logits_BV[index].float() - best_B[index, None].float()
-    scaled = shifted / temperature.clamp_min(1e-6)
+    scaled /= temperature.clamp_min(1e-6)
     if any(draws[row].min_p > 0 for row in rows):
         # the share of the likeliest token is a difference from its logit (Nguyen et al. 2024, arXiv:2407.01082)
         least = [[math.log(draws[row].min_p) if draws[row].min_p > 0 else -math.inf] for row in rows]
@@ -225,9 +229,10 @@ def _draw_plain(scaled_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """
     weights_BV = scaled_BV.exp()
     rows, vocabulary = weights_BV.shape
-    weights_BV = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK))
+    if vocabulary % _BLOCK:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK))
     weights_BNK = weights_BV.view(rows, -1, _BLOCK)
-    ends_BN = weights_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends_BN = weights_BNK.sum(-1).double().cumsum(-1)
     target_B1 = _shares(draws, weights_BV.device) * ends_BN[:, -1:]
     block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp_max(ends_BN.shape[1] - 1)
     begin_B1 = torch.where(block_B1 > 0, ends_BN.gather(1, (block_B1 - 1).clamp_min(0)), 0.0)
@@ -262,22 +267,29 @@ class _Kept:
 
 
 def _kept(scaled_BV: Tensor, draws: Sequence[Draw]) -> list[_Kept]:
-    """Each row once: nearly all by their likeliest tokens; the flat ones, whose nucleus reaches further, by a sort."""
+    """Each row once: nearly all by their likeliest tokens; the flat ones, whose nucleus reaches further, by more."""
     vocabulary = scaled_BV.shape[-1]
-    window = min(vocabulary, max(_WINDOW, *(draw.top_k for draw in draws)))
-    kept, reached_B = _rank(scaled_BV, draws, window)
-    wide = [row for row, done in enumerate(reached_B.tolist()) if not done] if window < vocabulary else []
-    if not wide:
-        return [kept]
-    near = [row for row in kept.rows if row not in wide]
-    again, _ = _rank(scaled_BV[wide], [draws[row] for row in wide], vocabulary)
-    found = [_Kept(wide, again.ids_BW, again.weights_BW)]
-    return [_Kept(near, kept.ids_BW[near], kept.weights_BW[near]), *found] if near else found
+    least = max(draw.top_k for draw in draws)
+    found: list[_Kept] = []
+    left = list(range(len(draws)))
+    for window in (*_WINDOWS, vocabulary):
+        size = min(vocabulary, max(window, least))
+        whole = len(left) == len(draws)
+        kept, reached_B = _rank(scaled_BV if whole else scaled_BV[left], [draws[row] for row in left], size)
+        done = [at for at, is_done in enumerate(reached_B.tolist()) if is_done or size == vocabulary]
+        if len(done) == len(left):
+            found.append(_Kept(left, kept.ids_BW, kept.weights_BW))
+            break
+        if done:
+            found.append(_Kept([left[at] for at in done], kept.ids_BW[done], kept.weights_BW[done]))
+        left = [row for at, row in enumerate(left) if at not in done]
+    return found
 
 
 def _rank(scaled_BV: Tensor, draws: Sequence[Draw], window: int) -> tuple[_Kept, Tensor]:
     """What is left among the `window` likeliest, and for each row whether its nucleus ends there."""
-    scores_BW, ids_BW = scaled_BV.topk(window, dim=-1)
+    is_whole = window == scaled_BV.shape[-1]
+    scores_BW, ids_BW = scaled_BV.sort(dim=-1, descending=True) if is_whole else scaled_BV.topk(window, dim=-1)
     weights_BW = scores_BW.double().exp()
     ranks_W = torch.arange(window, device=scaled_BV.device)
     k_B1 = torch.tensor([[draw.top_k or scaled_BV.shape[-1]] for draw in draws], device=scaled_BV.device)
@@ -286,11 +298,11 @@ def _rank(scaled_BV: Tensor, draws: Sequence[Draw], window: int) -> tuple[_Kept,
     whole_B1 = weights_BW.sum(-1, keepdim=True)
     unbounded = [row for row, draw in enumerate(draws) if not 0 < draw.top_k <= window]
     if unbounded:
-        whole_B1[unbounded] = scaled_BV[unbounded].double().exp().sum(-1, keepdim=True)
+        whole_B1[unbounded] = scaled_BV[unbounded].exp().sum(-1, keepdim=True, dtype=torch.float64)
     p_B1 = torch.tensor([[draw.top_p] for draw in draws], dtype=torch.float64, device=scaled_BV.device)
     above_BW = (weights_BW.cumsum(-1) - weights_BW) / whole_B1
     reached_B = weights_BW.sum(-1) / whole_B1[:, 0] >= p_B1[:, 0]
-    return _Kept(list(range(len(draws))), ids_BW, weights_BW.where(above_BW < p_B1, 0.0)), reached_B
+    return _Kept([], ids_BW, weights_BW.where(above_BW < p_B1, 0.0)), reached_B
 
 
 def _shares(draws: Sequence[Draw], device: torch.device) -> Tensor:
