@@ -197,6 +197,9 @@ def test_constant_values() -> None:
     assert same is not None
     assert other is not None
     assert (same.p_once, same.p_always, other.p_once, other.p_always) == (1, 1, 0, 0)
+    never_failed = significance.difference_of_rates(zeros, zeros, alpha=ALPHA)
+    assert never_failed is not None
+    assert never_failed.radius == math.inf  # no failure seen so far does not say that there is none
 
 
 # ---- a ceiling -------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def difference(reference: Moments, arm: Moments, *, alpha: float) -> Difference 
     spread = EFFECT * math.sqrt((reference.variance + arm.variance) / 2)
     return Difference(
         value,
-        always_valid_radius(variance, spread, alpha) if variance > 0 else 0.0,
+        always_valid_radius(variance, spread, alpha),
         welch(reference, arm).p_value,
         always_valid_p(value, variance, spread) if variance > 0 else (1.0 if value == 0 else 0.0),
     )
@@ -125,7 +125,7 @@ def difference_of_rates(reference: Moments, arm: Moments, *, alpha: float) -> Di
     hits = (round(reference.total), reference.count, round(arm.total), arm.count)
     return Difference(
         value,
-        always_valid_radius(variance, spread, alpha) if variance > 0 else 0.0,
+        always_valid_radius(variance, spread, alpha),
         two_proportions(*hits).p_value,
         always_valid_p(value, variance, spread),
     )
