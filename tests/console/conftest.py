@@ -124,7 +124,7 @@ def address(house: House) -> Iterator[str]:
 
 
 PAGES = (
-    "map", "runs", "run", "run-live", "models", "playground", "search", "answer", "document", "coach", "question",
+    "map", "runs", "run", "run-live", "models", "deployment", "playground", "search", "answer", "document", "coach", "question",
     "topic", "labs", "lab", "lab-result", "about", "login", "nothing",
 )  # fmt: skip
 
@@ -147,6 +147,7 @@ def paths(house: House, client: TestClient) -> dict[str, str]:
         "run": f"/runs/{house.finished}",
         "run-live": f"/runs/{house.running}",
         "models": "/models",
+        "deployment": "/models/deployments/chat",
         "playground": "/playground/chat",
         "search": "/search",
         "answer": "/search?q=Why+does+ZeRO+stage+3+cost+communication",

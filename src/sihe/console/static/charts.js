@@ -96,6 +96,25 @@ function follow(root) {
   });
 }
 
+// ---- a deployment's last minutes: one line an arm ----------------------------------------------------------------------
+function watchTraffic(root) {
+  const charts = new Map();
+  listen(root.dataset.traffic, {
+    status: renew,
+    samples({ arms, seconds, series }) {
+      for (const box of root.querySelectorAll("[data-measure]")) {
+        const measure = box.dataset.measure;
+        const key = arms.join(" ");
+        if (charts.get(measure)?.key !== key) {
+          box.replaceChildren();
+          charts.set(measure, { key, plot: curve(box, { labels: arms, xLabel: root.dataset.xLabel }) });
+        }
+        charts.get(measure).plot.set([seconds, ...arms.map((arm) => series[measure][arm])]);
+      }
+    },
+  });
+}
+
 // ---- charts whose data stand in the page ------------------------------------------------------------------------------
 function still(figureElement) {
   const box = figureElement.querySelector(".chart");
@@ -107,6 +126,7 @@ function still(figureElement) {
 
 function start(root) {
   for (const element of root.querySelectorAll("[data-stream]")) follow(element);
+  for (const element of root.querySelectorAll("[data-traffic]")) watchTraffic(element);
   for (const element of root.querySelectorAll("figure[data-chart]")) still(element);
 }
 start(document);

@@ -1,0 +1,117 @@
+"""The page of a deployment: its forms steer the gateway, its stream brings parts and curves, mistakes come back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from sihe.console.pages.deployments import MEASURES, curves_of
+from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
+from sihe.serving.gateway.traffic.types import Caller
+from support.debian import wait_until
+
+PAGE = "/models/deployments/chat"
+
+
+@pytest.fixture
+def gateway(client: TestClient) -> Iterator[Gateway]:
+    gateway: Gateway = client.app.state.console.gateway  # type: ignore[attr-defined]
+    yield gateway
+    if "chat" in gateway.rollouts.active():
+        gateway.rollouts.roll_back("chat")
+    for arm in gateway.traffic.policy("chat").arms:
+        gateway.traffic.remove_arm("chat", arm.name)
+    gateway.traffic.set_shadow("chat", None)
+    gateway.traffic.set_logs("chat", 0)
+
+
+def post(client: TestClient, path: str, **form: str) -> int:
+    answer = client.post(f"{PAGE}/{path}", data=form, follow_redirects=False)
+    if answer.status_code == 303:
+        assert answer.headers["location"].startswith(f"{PAGE}#")
+    return answer.status_code
+
+
+def test_the_page_shows_what_is(client: TestClient, gateway: Gateway, language: str) -> None:
+    assert post(client, "arms", arm="b", target="tiny@2", share="40") == 303
+    assert post(client, "rollout", target="tiny@2", steps="5, 25", min_requests="9", min_s="1", max_error="2") == 303
+    assert post(client, "shadow", target="tiny@2", share="10") == 303
+    wait_until(lambda: len([arm for arm in gateway.status("chat").arms if arm.version]) == 4, "the arms")
+    for number in range(6):
+        gateway.generate("chat", GenerationRequest(prompt="the", max_tokens=2), Caller(f"r{number}")).result(30)
+    page = client.get(f"{PAGE}?lang={language}").text
+    for text in ("canary", "tiny@2", "shadow", "40.0", "rollout/promote", "rollout/pause"):
+        assert text in page
+
+
+def test_the_forms_steer(client: TestClient, gateway: Gateway) -> None:
+    form = {"target": "tiny@2", "steps": "5，25", "min_requests": "9", "min_s": "1", "max_error": "2"}
+    assert post(client, "rollout", **form) == 303
+    rollout = gateway.rollouts.active()["chat"]
+    assert [step.weight for step in rollout.plan.steps] == [0.05, 0.25]
+    assert rollout.plan.gates.max_error_rate == 0.02
+    for action, state in (("pause", "PAUSED"), ("resume", "RUNNING"), ("rollback", "ROLLED_BACK")):
+        assert post(client, f"rollout/{action}") == 303
+        assert gateway.rollouts.history("chat")[0].state.value == state
+    assert post(client, "arms", arm="b", target="tiny@2", share="40") == 303
+    assert gateway.traffic.policy("chat").weights["b"] == 0.4
+    assert post(client, "arms/b/remove") == 303
+    assert post(client, "logs", share="50", text="true") == 303
+    assert (gateway.traffic.policy("chat").logs.share, gateway.traffic.policy("chat").logs.text) == (0.5, True)
+    assert post(client, "logs", share="0") == 303
+    assert not gateway.traffic.policy("chat").logs.text
+
+
+@pytest.mark.parametrize(
+    ("path", "form", "status"),
+    [
+        ("rollout", {"target": "tiny@2", "steps": "a", "min_requests": "9", "min_s": "1", "max_error": "2"}, 400),
+        ("rollout", {"target": "tiny@9", "steps": "5", "min_requests": "9", "min_s": "1", "max_error": "2"}, 404),
+        ("rollout/promote", {}, 404),
+        ("arms", {"arm": "../b", "target": "tiny@2", "share": "40"}, 400),
+        ("arms", {"arm": "b", "target": "tiny@2", "share": "400"}, 400),
+        ("arms/absent/remove", {}, 404),
+    ],
+)
+def test_mistakes_come_back(client: TestClient, gateway: Gateway, path: str, form: dict[str, str], status: int) -> None:
+    assert post(client, path, **form) == status
+    assert gateway.traffic.policy("chat").arms == ()
+
+
+def test_an_unknown_deployment_is_not_found(client: TestClient) -> None:
+    for path in ("", "/stream"):
+        assert client.get(f"/models/deployments/absent{path}").status_code == 404
+
+
+def test_curves_have_a_series_for_each_arm(gateway: Gateway) -> None:
+    pulse = Pulse(0.0)
+    pulse.tick(1.0, {"stable": ArmLoad(1, 0.25)})
+    pulse.tick(2.0, {"shadow": ArmLoad(0, 0.0), "stable": ArmLoad(2, 0.5)})
+    curves = curves_of(pulse.samples())
+    assert curves["arms"] == ["stable", "shadow"]
+    assert curves["seconds"] == [-1.0, 0.0]
+    assert set(curves["series"]) == set(MEASURES)
+    assert curves["series"]["in_hand"] == {"stable": [1, 2], "shadow": [None, 0]}
+    assert curves["series"]["ttft_s"]["stable"] == [None, None]
+    json.dumps(curves, allow_nan=False)
+    assert curves_of([]) == {"arms": [], "seconds": [], "series": {measure: {} for measure in MEASURES}}
+
+
+def test_the_stream_brings_parts_once_and_curves(address: str) -> None:
+    import httpx
+
+    events: list[str] = []
+    wait_until(lambda: httpx.get(f"{address}/api/deployments/chat").json()["state"] == "READY", "the deployment")
+    with httpx.stream("GET", f"{address}{PAGE}/stream", timeout=30) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                events.append(line.removeprefix("event: "))
+            if events.count("samples") == 2:
+                break
+    assert events[0] == "status"
+    assert set(events) == {"status", "samples"}
