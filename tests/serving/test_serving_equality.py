@@ -166,7 +166,7 @@ def test_preempted(known: Known) -> None:
 @pytest.mark.parametrize("kind", ["ngram", "draft"])
 def test_with_speculation(known: Known, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft model is the model itself, so that nearly all is accepted; what random weights say is rarely found."""
-    monkeypatch.setattr("sihe.serving.engine.speculation._SIZES", (2, 1))  # so that there is anything to propose
+    monkeypatch.setattr("sihe.serving.engine.prompt_index._SIZES", (2, 1))  # so that there is anything to propose
     settings = EngineConfig(
         dtype="float32",
         max_batch_size=8,

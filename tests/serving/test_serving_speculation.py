@@ -21,12 +21,12 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.draft import DraftModel, load_proposer
 from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.ports import EngineObserver, NoObserver, StepStats
+from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.sampler import Draw, Sampled, probabilities, sample
 from sihe.serving.engine.speculation import (
     Kept,
     Pace,
-    PromptIndex,
     Proposal,
     StepTimes,
     agree,

@@ -26,10 +26,11 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.draft import load_proposer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
+from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.scheduler import Scheduler, StepPlan
 from sihe.serving.engine.sequence import Sequence
-from sihe.serving.engine.speculation import NOTHING, PromptIndex, Proposal, Proposer, Speculation
+from sihe.serving.engine.speculation import NOTHING, Proposal, Proposer, Speculation
 from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_readers
 from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.types import GenerationRequest

@@ -9,8 +9,8 @@ from sihe.serving.engine.adapters import AdapterPlace
 from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockTable, chain
 from sihe.serving.engine.ports import Outcome, RequestStats
+from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.sampler import Scored
-from sihe.serving.engine.speculation import PromptIndex
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest, Usage
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sihe.core.telemetry import logger
+from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.sampler import Draw, Sampled, probabilities, score
 from sihe.serving.engine.seeds import fork_seed, uniform
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from sihe.core.clock import Clock
     from sihe.serving.engine.sequence import Sequence
 
-_SIZES = (3, 2)  # tokens that must agree before what followed them is proposed again; the longest match counts
 _PRIOR = 0.6  # share of proposals that is taken to be kept before anything is known
 _PRIOR_WEIGHT = 2.0  # proposals that the prior counts for
 _MEMORY = 0.9  # weight of what was known of a sequence's proposals, each time something new is
@@ -71,39 +71,6 @@ class Proposer(Protocol):
     def close(self) -> None:
         """The engine has ended."""
         ...
-
-
-class PromptIndex:
-    """The text of one sequence, by what its last tokens were: O(1) a token.
-
-    (Prompt lookup decoding: Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding.)
-    """
-
-    def __init__(self, tokens: Items[int] = ()) -> None:
-        self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}  # where the latest occurrence of some tokens ends
-        self._match = 0  # where what followed an earlier occurrence of the last tokens begins; 0: there is none
-        self.extend(tokens)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def extend(self, tokens: Items[int]) -> None:
-        """The text goes on with `tokens`."""
-        known, ends = self._tokens, self._ends
-        for token in tokens:
-            known.append(token)
-            match = 0
-            for size in _SIZES:
-                if len(known) >= size:
-                    key = tuple(known[-size:])
-                    match = match or ends.get(key, 0)
-                    ends[key] = len(known)
-            self._match = match
-
-    def next(self, most: int) -> tuple[int, ...]:
-        """What followed the last tokens when they came before, at most `most` tokens."""
-        return tuple(self._tokens[self._match : self._match + most]) if self._match else ()
 
 
 class PromptLookup:
