@@ -125,7 +125,7 @@ def address(house: House) -> Iterator[str]:
 
 PAGES = (
     "map", "runs", "run", "run-live", "models", "deployment", "playground", "search", "answer", "document", "coach", "question",
-    "topic", "labs", "lab", "lab-result", "about", "login", "nothing",
+    "topic", "labs", "lab", "lab-result", "access", "about", "login", "nothing",
 )  # fmt: skip
 
 
@@ -158,6 +158,7 @@ def paths(house: House, client: TestClient) -> dict[str, str]:
         "labs": "/labs",
         "lab": "/labs/kv.cache",
         "lab-result": shown.headers["location"],
+        "access": "/access",
         "about": "/about",
         "login": "/login",
         "nothing": "/nowhere",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,29 @@ def test_keys(tmp_path: Path) -> None:
         assert client.get("/v1/models").status_code == 200
         client.post("/logout")
         assert client.get("/api/deployments").status_code == 401
+
+
+def test_a_key_made_on_a_page_is_shown_once(tmp_path: Path) -> None:
+    from sihe.core import settings
+    from sihe.core.workspace import Workspace
+
+    with Workspace(settings.load({"home": str(tmp_path / "home")}, environ={}, directory=tmp_path)) as workspace:
+        app = create_app(workspace)
+        client = TestClient(app, base_url="http://127.0.0.1")
+        form = {"name": "me", "tenant": "acme", "rights": "admin"}
+        made = client.post("/access/keys", data=form, headers=HTML)
+        assert (made.status_code, made.headers["cache-control"]) == (200, "no-store")
+        (key,) = set(re.findall(r"sihe_[a-z0-9]{12}_[A-Za-z0-9_-]{43}", made.text))
+        assert client.get("/access").status_code == 401
+        client.headers["authorization"] = f"Bearer {key}"
+        page = client.get("/access", headers=HTML).text
+        assert "acme" in page
+        assert key not in page
+        assert client.post("/access/keys", data={**form, "name": "a b"}, headers=HTML).status_code == 400
+        id = key.split("_")[1]
+        client.post(f"/access/keys/{id}/disable")
+        assert client.get("/access").status_code == 401
+        app.state.console.access.close()
 
 
 def test_keys_of_the_records_open_what_their_rights_say(tmp_path: Path) -> None:

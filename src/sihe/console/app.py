@@ -22,7 +22,7 @@ from sihe.apps.rag.api import router as rag_api
 from sihe.apps.rag.service import RagService
 from sihe.console.context import Console
 from sihe.console.failures import Bugs, failure, install_failures
-from sihe.console.pages import about, coach, deployments, labs, models, playground, runs, search, session, topics
+from sihe.console.pages import about, access, coach, deployments, labs, models, playground, runs, search, session, topics
 from sihe.console.security import Guard, SecurityHeaders
 from sihe.console.traffic import Traffic, metrics_text
 from sihe.console.views import STATIC, Views, static_url
@@ -37,7 +37,7 @@ from sihe.vectors import Database
 from sihe.vectors.api import router as vectors_api
 from sihe.version import __version__
 
-_PAGES = (topics, runs, models, deployments, playground, search, coach, labs, about, session)
+_PAGES = (topics, runs, models, deployments, playground, search, coach, labs, access, about, session)
 
 
 def create_app(workspace: Workspace) -> FastAPI:

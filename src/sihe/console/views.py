@@ -30,6 +30,7 @@ NAVIGATION: tuple[tuple[str, str, str], ...] = (  # (key of its name, path, key 
     ("search", "/search", "s"),
     ("coach", "/coach", "c"),
     ("labs", "/labs", "l"),
+    ("access", "/access", "k"),
     ("about", "/about", "a"),
 )
 
