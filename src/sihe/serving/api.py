@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from sihe.core.errors import NotFound, SiheError
 from sihe.core.http import status_of
 from sihe.core.telemetry import logger
+from sihe.serving.adapters_api import add_adapters
 from sihe.serving.bodies import read_body, request_id
 from sihe.serving.deployments_api import add_deployments
 from sihe.serving.encoding_api import add_encoding
@@ -50,6 +51,7 @@ def router(gateway: Gateway, access: Access | None = None, guard: ContentGuard |
     add_encoding(routes, gateway, read_body)
     add_tokenizing(routes, gateway)
     add_deployments(routes, gateway)
+    add_adapters(routes, gateway)
     routes.include_router(predictive.router(gateway, admit=partial(admit, prompt_tokens=0)))
     routes.include_router(tenants_api(access))
     return routes

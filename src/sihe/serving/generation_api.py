@@ -67,7 +67,7 @@ async def _generate(
     request: Request, gateway: Gateway, guard: ContentGuard | None, body: _Body, kind: Kind
 ) -> Response:
     wanted = body.to_generations()
-    context = GuardContext(caller_of(request).tenant.name, body.model)
+    context = GuardContext(caller_of(request).tenant.name, body.deployment)
     watch: asyncio.Task[None] | None = None
     choices = Choices(())
     began = False
@@ -126,7 +126,7 @@ def _start(
         try:
             for index in range(count):
                 seed = None if one.seed is None else fork_seed(one.seed, index)
-                streams.append(gateway.generate(body.model, replace(one, seed=seed) if index else one, sender))
+                streams.append(gateway.generate(body.deployment, replace(one, seed=seed) if index else one, sender))
         except BaseException:
             for stream in streams:
                 stream.close()
@@ -137,7 +137,7 @@ def _start(
         if guard is not None:
             judge_prompts(guard, wanted, context)
 
-    return start(access_of(request), caller_of(request), body.model, wanted, begin, answers=count, judge=judge)
+    return start(access_of(request), caller_of(request), body.deployment, wanted, begin, answers=count, judge=judge)
 
 
 def _by_prompt(usages: list[Usage], prompts: int) -> list[list[Usage]]:

@@ -109,6 +109,11 @@ class _Request(BaseModel):
     priority: int | None = None
 
     @property
+    def deployment(self) -> str:
+        """What `model` names, without the adapter behind a colon."""
+        return self.model.partition(":")[0]
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -146,6 +151,7 @@ class _Request(BaseModel):
         }
         return {
             **{name: value for name, value in given.items() if value is not None},
+            "adapter": self.model.partition(":")[2],
             "stop": tuple(stop),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "logit_bias": tuple((self.logit_bias or {}).items()),
@@ -298,7 +304,7 @@ def _classify(error: Exception) -> tuple[int, str, str | None]:
         return 400, "invalid_request_error", "content_filter"
     if isinstance(error, UnsupportedParameter):
         return 400, "invalid_request_error", "unsupported_parameter"
-    if isinstance(error, NotFound) and error.kind == "deployment":
+    if isinstance(error, NotFound) and error.kind in ("deployment", "adapter"):
         return 404, "invalid_request_error", "model_not_found"
     if isinstance(error, BadConstraint):
         return 400, "invalid_request_error", "invalid_constraint"
