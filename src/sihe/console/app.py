@@ -22,7 +22,19 @@ from sihe.apps.rag.api import router as rag_api
 from sihe.apps.rag.service import RagService
 from sihe.console.context import Console
 from sihe.console.failures import Bugs, failure, install_failures
-from sihe.console.pages import about, access, coach, deployments, labs, models, playground, runs, search, session, topics
+from sihe.console.pages import (
+    about,
+    access,
+    coach,
+    deployments,
+    labs,
+    models,
+    playground,
+    runs,
+    search,
+    session,
+    topics,
+)
 from sihe.console.security import Guard, SecurityHeaders
 from sihe.console.traffic import Traffic, metrics_text
 from sihe.console.views import STATIC, Views, static_url
