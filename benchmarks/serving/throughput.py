@@ -56,7 +56,6 @@ CLASSES = {
         _VLLM,
         _llama("bfloat16"),
         _llama("bfloat16", "llama_flash"),
-        Entry("ctranslate2", "bfloat16", "ctranslate2"),
     ),
     # vLLM has no eight bits here: its bf16 stands beside, as what int8 is to be twice as fast as.
     "int8": (
