@@ -132,6 +132,23 @@ def test_streams_on_an_event_loop(engine: Engine) -> None:
     assert said(asyncio.run(read_all())) == said([engine.submit(request).result(30) for request in asked])
 
 
+def test_prefixes_are_found_again_within_their_scope(engine: Engine) -> None:
+    def cached(prompt: tuple[int, ...], **fields: str) -> int:
+        request = GenerationRequest(prompt=prompt, max_tokens=2, temperature=0, **fields)  # type: ignore[arg-type]
+        return engine.submit(request).result(30).usage.cached_tokens
+
+    prompt = tuple(range(5, 45))
+    assert [cached(prompt), cached(prompt), cached((*prompt[:20], 7))] == [0, 32, 16]
+    assert cached(prompt[:32]) == 16  # the block of the last token is computed: its output is wanted
+    assert [cached(prompt, cache_salt="a"), cached(prompt, cache_salt="a"), cached(prompt, cache_salt="b")] == [
+        0,
+        32,
+        0,
+    ]
+    engine.forget_prefixes()
+    assert [cached(prompt), cached(prompt)] == [0, 32]
+
+
 def test_stop_reasons(tmp_path: Path, engine: Engine) -> None:
     whole = engine.submit(GenerationRequest(prompt=(9,), max_tokens=30, temperature=0)).result(30)
     stop = whole.text[10:12]
