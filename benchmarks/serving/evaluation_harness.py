@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,10 +20,24 @@ from typing import Any
 import httpx
 
 from benchmarks.harness import at_most, report
-from benchmarks.serving.contenders.model import library_texts, model_folder
+from benchmarks.serving.contenders.model import library_texts
+from sihe.models.config import ModelConfig
 
 HARNESS = Path(__file__).parents[1] / "peers" / ".venv-serving-lmeval" / "bin" / "lm_eval"
-SAMPLES = 60
+SAMPLES = 40
+END = "<|end|>"
+SHAPE = ModelConfig(
+    vocab_size=4096,
+    hidden_size=192,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=512,
+    max_positions=2048,
+    tie_embeddings=False,
+    eos_token_id=0,
+)
 TOLERANCE = 2e-3  # nats of a whole continuation: sums of float32 in another order
 _CHOICES = """task: sihe_choices
 dataset_path: json
@@ -54,8 +67,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
-        # a folder that is given keeps the model for the next run
-        folder = with_end(model_folder(Path(sys.argv[1]) if sys.argv[1:] else home), home / "ending")
+        folder = make_model(home / "model")
         write_tasks(home)
         inside = evaluate(home, "hf", f"pretrained={folder},dtype=float32,max_length=1024", "--device", "cpu")
         with Served(home, folder) as url:
@@ -84,14 +96,35 @@ def main() -> int:
     return 0
 
 
-def with_end(folder: Path, copy: Path) -> Path:
-    """The same model with an end-of-sequence token, from which the harness lets a text begin."""
-    shutil.copytree(folder, copy, copy_function=os.link)
-    settings = copy / "tokenizer_config.json"
-    known = json.loads(settings.read_text(encoding="utf-8"))
-    settings.unlink()  # the link, not the file
-    settings.write_text(json.dumps({**known, "eos_token": "<unused 0>"}), encoding="utf-8")
-    return copy
+def make_model(folder: Path) -> Path:
+    """A small model with random weights, wide enough that its choices are its own, and an end-of-sequence token, from
+    which the harness lets a text begin."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from sihe.models.checkpoint import save_model
+    from sihe.models.decoder import Decoder
+
+    torch.manual_seed(0)
+    model = Decoder(SHAPE)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=2 * weight.shape[1] ** -0.5)
+    save_model(model, folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(library_texts(1_000_000), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+    return folder
 
 
 def write_tasks(home: Path) -> None:
@@ -100,14 +133,14 @@ def write_tasks(home: Path) -> None:
     source = random.Random(0)
     with (home / "choices.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(SAMPLES):
-            at = source.randrange(len(lines) - 9)
-            choices = ["\n" + lines[at + 8], *("\n" + source.choice(lines) for _ in range(3))]
+            at = source.randrange(len(lines) - 4)
+            choices = ["\n" + lines[at + 3], *("\n" + source.choice(lines) for _ in range(3))]
             gold = source.randrange(4)
             choices[0], choices[gold] = choices[gold], choices[0]
-            file.write(json.dumps({"text": "\n".join(lines[at : at + 8]), "choices": choices, "gold": gold}) + "\n")
+            file.write(json.dumps({"text": "\n".join(lines[at : at + 3]), "choices": choices, "gold": gold}) + "\n")
     with (home / "text.jsonl").open("w", encoding="utf-8") as file:
-        for at in range(0, 80 * (SAMPLES // 6), 80):
-            file.write(json.dumps({"text": "\n".join(lines[at : at + 80])}) + "\n")
+        for at in range(0, 5 * 40, 40):
+            file.write(json.dumps({"text": "\n".join(lines[at : at + 40])}) + "\n")
     tasks = home / "tasks"
     tasks.mkdir()
     (tasks / "choices.yaml").write_text(_CHOICES.format(data=home / "choices.jsonl"), encoding="utf-8")
