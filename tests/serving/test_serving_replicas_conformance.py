@@ -29,7 +29,7 @@ from sihe.serving.gateway.replicas.config import OpenAiBackend, RayBackend
 from sihe.serving.gateway.replicas.openai.engine import OpenAiEngine
 from sihe.serving.gateway.replicas.openai.host import load as load_behind
 from sihe.serving.gateway.replicas.ports import ReplicaEngine
-from support.ray_cluster import ray_nodes
+from support.ray_cluster import RayNodes, ray_nodes
 
 SETTINGS = EngineConfig(max_batch_size=4, token_budget=32, kv_cache_bytes=2_000_000, threads=1)
 ASK = GenerationRequest(prompt="the lazy dog", max_tokens=12, temperature=0)
@@ -79,10 +79,16 @@ def _openai(request: pytest.FixtureRequest, _folder: Path, _tmp: Path, _stack: E
     return lambda observer: OpenAiEngine(f"{url}/v1", "tiny", "tiny@1", observer)
 
 
-def _ray(_: pytest.FixtureRequest, folder: Path, tmp: Path, stack: ExitStack) -> Opened:
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with ray_nodes(1) as running:
+        yield running
+
+
+def _ray(request: pytest.FixtureRequest, folder: Path, tmp: Path, stack: ExitStack) -> Opened:
     from sihe.serving.gateway.replicas.ray.host import load
 
-    nodes = stack.enter_context(ray_nodes(1))
+    nodes: RayNodes = request.getfixturevalue("nodes")
     flags = {"home": str(tmp), "cluster.ray_address": nodes.address}
     workspace = stack.enter_context(Workspace(settings.load(flags, environ={}, directory=tmp)))
     version = workspace.tracking.register_model("tiny", folder)

@@ -49,6 +49,7 @@ class RayEngine:
         self._log = logger("serving").bind(engine=name, node=where.address)
         self._ids = count()
         self._lock = threading.Lock()
+        self._closed = threading.Lock()
         self._streams: dict[int, tuple[GenerationStream, Callable[[], None] | None]] = {}
         self._closing = False
         self._loss: ReplicaLost | None = None
@@ -93,6 +94,14 @@ class RayEngine:
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Takes no more requests, ends the actor and frees its place. Safe to call again."""
+        if not drain and not self._released and self._loss is None:
+            with suppress(RayError):  # ends the patience of a call in another thread
+                self._actor.close.remote(False, None)
+        with self._closed:  # a second call waits for the first, and finds nothing to do
+            if not self._released:
+                self._close(drain, timeout_s)
+
+    def _close(self, drain: bool, timeout_s: float | None) -> None:
         with self._lock:
             self._closing = True
         if self._loss is None:
@@ -103,10 +112,8 @@ class RayEngine:
         self._lose("was closed", EngineClosed)
         ray.kill(self._actor)
         self._thread.join()
-        with self._lock:
-            released, self._released = self._released, True
-        if not released:
-            self._release()
+        self._released = True
+        self._release()
 
     # ---- the poll ---------------------------------------------------------------------------------------------------
 
