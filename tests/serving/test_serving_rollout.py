@@ -37,7 +37,7 @@ def stats(*outcomes: Outcome) -> ArmStats:
 
 
 def sight(stable: ArmStats, canary: ArmStats, *, step_s: float = 20.0) -> Sight:
-    return Sight(is_ready=True, unready_s=0.0, has_failed=False, fault=None, step_s=step_s, stable=stable, canary=canary)
+    return Sight(True, 0.0, has_failed=False, fault=None, step_s=step_s, stable=stable, canary=canary)
 
 
 GOOD = stats(*[outcome()] * 100)
