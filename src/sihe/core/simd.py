@@ -115,13 +115,11 @@ float32_at, int32_at, int64_at, uint16_at = (
 """An address as a pointer that can be indexed, to numbers of that kind."""
 
 
-class Tile:
-    """Writes the instructions of one tile."""
+class _Memory:
+    """What a tile writes to get at memory."""
 
     def __init__(self, builder: Any) -> None:
         self.b = builder
-
-    # ---- memory ----------------------------------------------------------------------------------------------------
 
     def load(self, address: Value, kind: Any) -> Value:
         """What lies at `address`, aligned or not."""
@@ -158,6 +156,23 @@ class Tile:
         zeros = ir.Constant(I32X16, [0] * LANES)
         return self.b.shuffle_vector(one, one, zeros)
 
+    def widened(self, address: Value, kind: Any) -> Value:
+        """16 numbers as float32. `kind` is that of one: `F32`, `I16` for bfloat16, `I8`."""
+        if kind is F32:
+            return self.load(address, F32X16)
+        if kind is I16:
+            bits = self.b.zext(self.load(address, I16X16), I32X16)
+            return self.b.bitcast(self.b.shl(bits, self.constant(16, I32X16)), F32X16)
+        return self.b.sitofp(self.b.sext(self.load(address, I8X16), I32X16), F32X16)
+
+    def constant(self, number: float, kind: Any = F32X16) -> Value:
+        """A number in all lanes."""
+        return ir.Constant(kind, [number] * LANES)
+
+
+class Tile(_Memory):
+    """Writes the instructions of one tile."""
+
     # ---- control ---------------------------------------------------------------------------------------------------
 
     def variable(self, value: Value) -> Value:
@@ -180,10 +195,6 @@ class Tile:
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
 
-    def constant(self, number: float, kind: Any = F32X16) -> Value:
-        """A number in all lanes."""
-        return ir.Constant(kind, [number] * LANES)
-
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a b + c, rounded once."""
         return self._call("llvm.fma", a.type, a, b, c)
@@ -199,15 +210,6 @@ class Tile:
         kinds = [argument.type for argument in arguments]
         function = self.b.module.declare_intrinsic(f"{name}.v16f32", (), ir.FunctionType(F32, kinds))
         return self.b.call(function, arguments)
-
-    def widened(self, address: Value, kind: Any) -> Value:
-        """16 numbers as float32. `kind` is that of one: `F32`, `I16` for bfloat16, `I8`."""
-        if kind is F32:
-            return self.load(address, F32X16)
-        if kind is I16:
-            bits = self.b.zext(self.load(address, I16X16), I32X16)
-            return self.b.bitcast(self.b.shl(bits, self.constant(16, I32X16)), F32X16)
-        return self.b.sitofp(self.b.sext(self.load(address, I8X16), I32X16), F32X16)
 
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
         """Each int32 lane plus the product of its four bytes, unsigned ones by signed ones."""

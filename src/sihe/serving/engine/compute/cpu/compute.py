@@ -14,7 +14,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.lora import Lora
 from sihe.serving.engine.compute.cpu.adapters import AdapterTables
-from sihe.serving.engine.compute.cpu.kernels import ATTEND_ROWS, TILE_PAGES
+from sihe.serving.engine.compute.cpu.attention import ATTEND_ROWS, TILE_PAGES
 from sihe.serving.engine.compute.cpu.layout import lay_out
 from sihe.serving.engine.compute.cpu.program import Program, Weights
 from sihe.serving.engine.compute.cpu.support import WeightKind

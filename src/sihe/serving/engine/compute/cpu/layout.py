@@ -6,7 +6,7 @@ from typing import Any
 
 from numba import njit
 
-from sihe.serving.engine.compute.cpu.kernels import ATTEND_ROWS
+from sihe.serving.engine.compute.cpu.attention import ATTEND_ROWS
 
 
 @njit(nogil=True, cache=True)

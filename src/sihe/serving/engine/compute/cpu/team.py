@@ -28,18 +28,17 @@ from sihe.core.simd import (
     wait_semaphore,
     yield_core,
 )
+from sihe.serving.engine.compute.cpu.attention import attend, place
 from sihe.serving.engine.compute.cpu.kernels import (
     ROW_CHUNK,
     STEP_WIDTH,
     WIDTH,
     activate,
     adapt,
-    attend,
     combine,
     embed,
     multiply_panels,
     normalise,
-    place,
     route,
 )
 

@@ -1,0 +1,238 @@
+"""Attention in Numba: keys and values into their pages, and queries over the pages where they lie.
+
+Up to 12 rows (queries of one KV head and neighbouring tokens) are computed together, by 64 tokens at a time with a
+running softmax. Where a row's share of 64 begins and ends goes by positions alone, so that its result does not depend
+on the rows beside it or on where its prompt was cut.
+
+T tokens of the step, K KV heads, G query heads of one KV head, H head dim, S stride in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import int64, uint16
+
+from sihe.core.simd import float32_at, int32_at, int64_at, uint16_at
+from sihe.serving.engine.compute.cpu.kernels import compiled, compiled_fast
+from sihe.serving.engine.compute.cpu.tiles import mix_tile, score_tile, softmax_tile
+
+TILE_PAGES = 4
+TILE_TOKENS = 16 * TILE_PAGES
+ATTEND_ROWS = 12
+
+_softmax = softmax_tile()
+_SCORE_F32_12, _SCORE_F32_6, _SCORE_F32_3, _SCORE_F32_2, _SCORE_F32_1 = (
+    score_tile(rows, 2 if rows == 12 else 4, "float32") for rows in (12, 6, 3, 2, 1)
+)
+_SCORE_BF16_12, _SCORE_BF16_6, _SCORE_BF16_3, _SCORE_BF16_2, _SCORE_BF16_1 = (
+    score_tile(rows, 2 if rows == 12 else 4, "bfloat16") for rows in (12, 6, 3, 2, 1)
+)
+_MIX_F32_6, _MIX_F32_3, _MIX_F32_2, _MIX_F32_1 = (mix_tile(rows, 4, "float32") for rows in (6, 3, 2, 1))
+_MIX_BF16_6, _MIX_BF16_3, _MIX_BF16_2, _MIX_BF16_1 = (mix_tile(rows, 4, "bfloat16") for rows in (6, 3, 2, 1))
+_MIX_F32_6_REST, _MIX_F32_1_REST = (mix_tile(rows, 1, "float32") for rows in (6, 1))
+_MIX_BF16_6_REST, _MIX_BF16_1_REST = (mix_tile(rows, 1, "bfloat16") for rows in (6, 1))
+
+
+@compiled_fast
+def place(op: Any, step: Any, first: int, last: int) -> None:
+    """Queries and keys of tokens `first` .. `last` - 1, normed and turned; keys and values go into their pages.
+
+    op: code, which rows, qkv, its S, cosines, sines (0: none), rotary dims / 2, K, G, H, query norm, key norm (0:
+    none), eps, queries [K, T, G, H], kind of the pages, the layer's keys, bytes of a head, the layer's values, bytes of
+    a head, bytes of a token's values, the scale of queries.
+    """
+    positions, feeds = int32_at(step[4]), int32_at(step[5])
+    key_pages, value_pages, width = int64_at(step[8]), int64_at(step[9]), step[10]
+    half, heads, group, size, kind = op[6], op[7], op[8], op[9], op[14]
+    eps, query_scale, tokens = float32_at(op[12])[0], float32_at(op[20])[0], step[0]
+    for row in range(first, last):
+        position = positions[row]
+        page = feeds[row] * width + position // 16
+        inside = position % 16
+        cosines, sines = float32_at(op[4] + 4 * half * position), float32_at(op[5] + 4 * half * position)
+        for head in range(heads):
+            source = op[2] + row * op[3] + 4 * head * (group + 2) * size
+            for member in range(group + 1):
+                x = float32_at(source + 4 * member * size)
+                norm = op[10] if member < group else op[11]
+                if norm != 0:
+                    weight = float32_at(norm)
+                    square = 0.0
+                    for i in range(size):
+                        square += x[i] * x[i]
+                    factor = 1 / math.sqrt(square / size + eps)
+                    for i in range(size):
+                        x[i] = x[i] * factor * weight[i]
+                for i in range(half):
+                    low, high = x[i], x[i + half]
+                    x[i] = low * cosines[i] - high * sines[i]
+                    x[i + half] = high * cosines[i] + low * sines[i]
+                if member < group:
+                    out = float32_at(op[13] + 4 * size * ((head * tokens + row) * group + member))
+                    for i in range(size):
+                        out[i] = x[i] * query_scale
+            key, value = float32_at(source + 4 * group * size), float32_at(source + 4 * (group + 1) * size)
+            keys_at = op[15] + key_pages[page] + head * op[16]
+            values_at = op[17] + value_pages[page] + head * op[18] + inside * op[19]
+            if kind == 0:
+                keys, values = float32_at(keys_at), float32_at(values_at)
+                for i in range(size):
+                    keys[16 * i + inside] = key[i]
+                    values[i] = value[i]
+            else:
+                keys_16, values_16 = uint16_at(keys_at), uint16_at(values_at)
+                key_bits, value_bits = int32_at(source + 4 * group * size), int32_at(source + 4 * (group + 1) * size)
+                for i in range(size):
+                    keys_16[16 * i + inside] = _rounded(key_bits[i])
+                    values_16[i] = _rounded(value_bits[i])
+
+
+@compiled
+def _rounded(bits: int) -> Any:
+    """float32 bits to bfloat16's, to the nearest even; NaN stays one."""
+    wide = int64(bits) & 0xFFFFFFFF
+    if (wide & 0x7FFFFFFF) > 0x7F800000:
+        return uint16(0x7FC0)
+    return uint16((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16)
+
+
+@compiled
+def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
+    """Up to 12 rows of one feed and KV head: consecutive tokens' queries over all that they see.
+
+    op: code, which rows, queries [K, T, G, H], K, G, H, kind of the pages, the layer's keys, bytes of a head, the
+    layer's values, bytes of a head, bytes of a token's values, window (0: none), out [T, K, G, H], its S, width of a
+    value.
+    scratch: scores [12, 64], sums [12, H], states [12, 4], float32.
+    """
+    group, size, kind, width = op[4], op[5], op[6], op[15]
+    tasks, starts, firsts = int32_at(step[12]), int32_at(step[6]), int32_at(step[14])
+    feed, begin, rows = tasks[3 * task], tasks[3 * task + 1], tasks[3 * task + 2]
+    start, tokens = starts[feed], step[0]
+    q_s = 4 * size
+    queries = op[2] + q_s * ((head * tokens + firsts[feed]) * group + begin)
+    scores, sums, states = (
+        scratch,
+        scratch + 4 * ATTEND_ROWS * TILE_TOKENS,
+        scratch + 4 * ATTEND_ROWS * (TILE_TOKENS + width),
+    )
+    total, state = float32_at(sums), float32_at(states)
+    for i in range(rows * width):
+        total[i] = 0.0
+    for row in range(rows):
+        state[4 * row] = -3e38
+        state[4 * row + 1] = 0.0
+    newest, oldest = start + (begin + rows - 1) // group, start + begin // group
+    first_tile = 0 if op[12] == 0 else max(0, oldest - op[12] + 1) // TILE_TOKENS
+    for tile in range(first_tile, newest // TILE_TOKENS + 1):
+        begins = tile * TILE_TOKENS
+        key_pages = step[8] + 8 * (feed * step[10] + tile * TILE_PAGES)
+        value_pages = step[9] + 8 * (feed * step[10] + tile * TILE_PAGES)
+        _score(kind, queries, q_s, rows, key_pages, op[7] + head * op[8], size, scores)
+        for row in range(rows):
+            position = start + (begin + row) // group
+            first = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
+            last = min(TILE_TOKENS, position + 1 - begins)
+            _softmax(scores + 4 * TILE_TOKENS * row, TILE_PAGES, first, last, states + 16 * row)
+            factor = state[4 * row + 2]
+            for i in range(width):
+                total[row * width + i] *= factor
+        seen = min(TILE_TOKENS, newest + 1 - begins)
+        _mix(kind, scores, rows, value_pages, op[9] + head * op[10], seen, op[11], sums, width)
+    for row in range(rows):
+        token = firsts[feed] + (begin + row) // group
+        out = float32_at(op[13] + token * op[14] + 4 * size * (head * group + (begin + row) % group))
+        inverse = 1 / state[4 * row + 1]
+        for i in range(size):
+            out[i] = total[row * width + i] * inverse
+
+
+@compiled
+def _score(kind: int, q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int) -> None:
+    s = 4 * TILE_TOKENS
+    at = 0
+    while at < rows:
+        left, qa, sa = rows - at, q + at * q_s, scores + at * s
+        if kind == 0:
+            if left >= 12:
+                _SCORE_F32_12(qa, q_s, pages, inside, size, sa, s)
+                _SCORE_F32_12(qa, q_s, pages + 16, inside, size, sa + 128, s)
+                at += 12
+            elif left >= 6:
+                _SCORE_F32_6(qa, q_s, pages, inside, size, sa, s)
+                at += 6
+            elif left >= 3:
+                _SCORE_F32_3(qa, q_s, pages, inside, size, sa, s)
+                at += 3
+            elif left >= 2:
+                _SCORE_F32_2(qa, q_s, pages, inside, size, sa, s)
+                at += 2
+            else:
+                _SCORE_F32_1(qa, q_s, pages, inside, size, sa, s)
+                at += 1
+        elif left >= 12:
+            _SCORE_BF16_12(qa, q_s, pages, inside, size, sa, s)
+            _SCORE_BF16_12(qa, q_s, pages + 16, inside, size, sa + 128, s)
+            at += 12
+        elif left >= 6:
+            _SCORE_BF16_6(qa, q_s, pages, inside, size, sa, s)
+            at += 6
+        elif left >= 3:
+            _SCORE_BF16_3(qa, q_s, pages, inside, size, sa, s)
+            at += 3
+        elif left >= 2:
+            _SCORE_BF16_2(qa, q_s, pages, inside, size, sa, s)
+            at += 2
+        else:
+            _SCORE_BF16_1(qa, q_s, pages, inside, size, sa, s)
+            at += 1
+
+
+@compiled
+def _mix(
+    kind: int, p: int, rows: int, pages: int, inside: int, tokens: int, token_s: int, out: int, width: int
+) -> None:
+    p_s, out_s = 4 * TILE_TOKENS, 4 * width
+    element = 4 if kind == 0 else 2
+    at = 0
+    while at < rows:
+        left, pa = rows - at, p + at * p_s
+        taken = 6 if left >= 6 else (3 if left >= 3 else (2 if left >= 2 else 1))
+        dim = 0
+        while dim < width:
+            oa, ia = out + at * out_s + 4 * dim, inside + element * dim
+            if width - dim >= 64:
+                if kind == 0:
+                    if taken == 6:
+                        _MIX_F32_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    elif taken == 3:
+                        _MIX_F32_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    elif taken == 2:
+                        _MIX_F32_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    else:
+                        _MIX_F32_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                elif taken == 6:
+                    _MIX_BF16_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                elif taken == 3:
+                    _MIX_BF16_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                elif taken == 2:
+                    _MIX_BF16_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                else:
+                    _MIX_BF16_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                dim += 64
+            else:
+                if taken == 6:
+                    if kind == 0:
+                        _MIX_F32_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    else:
+                        _MIX_BF16_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                else:
+                    for row in range(taken):
+                        if kind == 0:
+                            _MIX_F32_1_REST(pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s)
+                        else:
+                            _MIX_BF16_1_REST(pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s)
+                dim += 16
+        at += taken
