@@ -124,8 +124,8 @@ def address(house: House) -> Iterator[str]:
 
 
 PAGES = (
-    "map", "runs", "run", "run-live", "models", "deployment", "playground", "search", "answer", "document", "coach", "question",
-    "topic", "labs", "lab", "lab-result", "access", "about", "login", "nothing",
+    "map", "runs", "run", "run-live", "models", "deployment", "playground", "search", "answer", "document", "coach",
+    "question", "topic", "labs", "lab", "lab-result", "access", "about", "login", "nothing",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.runner import ModelRunner
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.tokenizer import ModelTokenizer
-from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.engine.types import Generation, GenerationRequest
 from sihe.serving.errors import EngineDead
 from sihe.training.recipes.config import GrpoStage
 from sihe.training.recipes.errors import WeightSyncFailed
@@ -74,9 +74,7 @@ class EngineRollout:
             for stream in streams:
                 stream.close()  # after an error nobody reads the others
             self._leave()
-        return [
-            Completion(answer.token_ids, tuple(item.logprob for item in answer.logprobs), version) for answer in answers
-        ]
+        return [Completion(answer.token_ids, _logprobs(answer), version) for answer in answers]
 
     def load(self, policy: Decoder, version: int) -> None:
         """Brings the weights of `policy` to the engine. Raises `WeightSyncFailed`; the next call tries again.
@@ -139,6 +137,10 @@ class EngineRollout:
         with self._changed:
             self._sampling -= 1
             self._changed.notify_all()
+
+
+def _logprobs(answer: Generation) -> tuple[float, ...]:
+    return tuple(item.logprob for item in answer.logprobs if item.logprob is not None)  # None: an echoed prompt's first
 
 
 def open_engine_rollout(stage: GrpoStage, model_folder: Path) -> EngineRollout:
