@@ -44,7 +44,7 @@ def test_the_page_shows_what_is(client: TestClient, gateway: Gateway, language: 
     wait_until(lambda: len([arm for arm in gateway.status("chat").arms if arm.version]) == 4, "the arms")
     for number in range(6):
         gateway.generate("chat", GenerationRequest(prompt="the", max_tokens=2), Caller(f"r{number}")).result(30)
-    page = client.get(f"{PAGE}?lang={language}").text
+    page = client.get(PAGE, headers={"accept-language": language}).text
     for text in ("canary", "tiny@2", "shadow", "40.0", "rollout/promote", "rollout/pause"):
         assert text in page
 
