@@ -14,7 +14,7 @@ Difficulty = Literal["easy", "medium", "hard"]
 StarsSource = Literal["chapter", "chapter-group", "ours"]
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
-LabId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+\.[a-z0-9]+$", max_length=60)]
+LabId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+\.[a-z0-9]+(_[a-z0-9]+)*$", max_length=60)]
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 # The level-2 headings of `zh.md` and `en.md`, in this order, nothing else at level 2.

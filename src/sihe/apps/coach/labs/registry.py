@@ -15,7 +15,10 @@ from sihe.apps.coach.labs import (
     attention,
     checkpoint,
     elastic,
+    extrapolation,
+    flash_tiles,
     kl,
+    kv_growth,
     kvcache,
     loader,
     lora,
@@ -24,6 +27,7 @@ from sihe.apps.coach.labs import (
     pipeline,
     planning,
     preference,
+    quant_speed,
     tensor,
     zero,
 )
@@ -57,6 +61,10 @@ MEASURES: dict[str, Measure] = {
     "loader.prefetch": loader.measure,
     "elastic.kill": elastic.measure,
     "rlhf.kl": kl.measure,
+    "attn.flash_tiles": flash_tiles.measure,
+    "pos.extrapolation": extrapolation.measure,
+    "kv.growth": kv_growth.measure,
+    "quant.error_speed": quant_speed.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 
