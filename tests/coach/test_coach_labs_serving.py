@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sihe.apps.coach.labs import flash_tiles, kv_growth
+from sihe.apps.coach.labs import ab_router, acceptance, dynamic_batch, flash_tiles, kv_growth
+from sihe.apps.coach.labs.acceptance_ranks import _one, distributions, redrawn_from_p
 from sihe.apps.coach.labs.extrapolation_ranks import _squeezed, losses
 from sihe.apps.coach.labs.flash_tiles_ranks import traffic
 from sihe.apps.coach.labs.quant_speed_ranks import errors, rounded
 from sihe.apps.coach.labs.registry import lab
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.serving.predictive.batching import BatchPolicy
 
 # ---- attn.flash_tiles ------------------------------------------------------------------------------------------------
 
@@ -84,3 +86,67 @@ def test_ranks_share_the_kinds_and_lengths_are_judged_at_the_same_places(tmp_pat
     found = losses(1, 2, files=[str(file)], kinds=["rope", "none"], lengths=[64, 128], steps=40)
     assert list(found) == ["none"]
     assert all(0 < loss < math.log(256) for loss in found["none"])
+
+
+# ---- spec.acceptance -------------------------------------------------------------------------------------------------
+
+
+def test_the_rule_keeps_as_much_as_the_distributions_overlap_and_the_wrong_one_is_wrong() -> None:
+    p, q, logits = distributions(0.7)
+    overlap = torch.minimum(p, q).sum().item()
+    generator = torch.Generator().manual_seed(0)
+    kept = [len(_one(logits, q, 1, generator, seed=seed)[1]) - 1 for seed in range(200)]
+    assert sum(kept) / 200 == pytest.approx(overlap, abs=4 * math.sqrt(overlap * (1 - overlap) / 200))
+    torch.testing.assert_close(redrawn_from_p(p, p), p)
+    wrong = redrawn_from_p(p, q)
+    assert wrong.sum().item() == pytest.approx(1)
+    assert (wrong - p).abs().sum() > 0.1
+
+
+def test_tokens_of_a_pass_are_a_geometric_sum() -> None:
+    assert acceptance.tokens_per_pass(0.8, 4) == pytest.approx(sum(0.8**power for power in range(5)))
+    assert acceptance.tokens_per_pass(1, 4) == 5
+
+
+# ---- batch.dynamic ---------------------------------------------------------------------------------------------------
+
+COSTS = {1: 1.0, 2: 1.2, 4: 1.6, 8: 2.4}
+
+
+def test_without_batches_the_queue_is_that_of_one_server() -> None:
+    times = dynamic_batch.arrivals(0.7, 500)
+    free, waits = 0.0, []
+    for time in times:  # Lindley's recursion
+        free = max(free, time) + 1.0
+        waits.append(free - time)
+    served = dynamic_batch.serve(BatchPolicy(1, 0.0, adaptive=False), times, COSTS)
+    assert served.mean_s == pytest.approx(sum(waits) / len(waits))
+    assert served.mean_batch == 1
+
+
+def test_a_fixed_delay_is_paid_by_a_lone_caller_and_batches_form_under_load() -> None:
+    fixed = dynamic_batch.serve(BatchPolicy(8, 3.0, adaptive=False), [100.0 * n for n in range(20)], COSTS)
+    assert fixed.mean_s == pytest.approx(3.0 + 1.0)
+    loaded = dynamic_batch.serve(BatchPolicy(8, 0.0), dynamic_batch.arrivals(2.0, 500), COSTS)
+    alone = dynamic_batch.serve(BatchPolicy(1, 0.0), dynamic_batch.arrivals(2.0, 500), COSTS)
+    assert loaded.mean_batch > 2
+    assert loaded.p99_s < alone.p99_s / 5
+    assert dynamic_batch.cost_of(3, COSTS) == pytest.approx(1.4)
+
+
+# ---- router.ab -------------------------------------------------------------------------------------------------------
+
+
+def test_only_those_move_that_a_growing_arm_wins() -> None:
+    share, moved, back = ab_router.dealt(0.1, 0.25)
+    assert share == pytest.approx(0.1, abs=0.02)
+    assert moved == pytest.approx(0.15, abs=0.02)
+    assert back == 0
+
+
+def test_looking_again_finds_more_and_never_less() -> None:
+    found = ab_router.replay(20, 10, 400, 0.3, 0.3, seed=1)
+    assert found.once_any == sorted(found.once_any)
+    assert found.always_any[-1] <= found.once_any[-1]
+    certain = ab_router.replay(5, 10, 400, 0.1, 0.9, seed=1)
+    assert (certain.once_last, certain.always_any[-1], certain.stopped_at) == (1, 1, 40)

@@ -10,10 +10,13 @@ from functools import cache
 from typing import Protocol
 
 from sihe.apps.coach.labs import (
+    ab_router,
+    acceptance,
     accumulation,
     allreduce,
     attention,
     checkpoint,
+    dynamic_batch,
     elastic,
     extrapolation,
     flash_tiles,
@@ -65,6 +68,9 @@ MEASURES: dict[str, Measure] = {
     "pos.extrapolation": extrapolation.measure,
     "kv.growth": kv_growth.measure,
     "quant.error_speed": quant_speed.measure,
+    "spec.acceptance": acceptance.measure,
+    "batch.dynamic": dynamic_batch.measure,
+    "router.ab": ab_router.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 
