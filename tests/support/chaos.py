@@ -23,16 +23,17 @@ from sihe.training.types import StepDone
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay_s` after step `step` was logged; step 0 is the start of the ranks."""
+    """`delay_s` after step `step` was logged, and no later than step `latest`; step 0 is the start of the ranks."""
 
     step: int
     delay_s: float
+    latest: int
 
     @classmethod
     def drawn(cls, random: Random, last_step: int) -> Moment:
-        """Any moment of a run of `last_step` steps, imports and meeting included."""
+        """Any moment of a run of `last_step` steps, imports and meeting included, however fast the machine."""
         step = random.randrange(last_step)
-        return cls(step, random.uniform(0, 4.0 if step == 0 else 0.1))
+        return cls(step, random.uniform(0, 4.0 if step == 0 else 0.1), latest=last_step - 1)
 
 
 @dataclass
@@ -66,8 +67,11 @@ class SabotagedLauncher:
 
         def watch_time() -> None:
             nonlocal due_s
-            if due_s is None and any(isinstance(e, StepDone) and e.step >= self.moment.step > 0 for e in log.new()):
+            newest = max((event.step for event in log.new() if isinstance(event, StepDone)), default=0)
+            if due_s is None and newest >= self.moment.step > 0:
                 due_s = time.monotonic() + self.moment.delay_s
+            if newest >= self.moment.latest:
+                due_s = 0
             if due_s is not None and time.monotonic() >= due_s and not self.struck:
                 self.struck = True
                 self.strike(pids)
