@@ -17,6 +17,8 @@ from numba import int32, njit
 from sihe.core.simd import float32_at, int32_at, int64_at, uint16_at
 from sihe.serving.engine.compute.cpu.tiles import (
     PANEL,
+    ROWS,
+    ROWS_INT4,
     activation_tile,
     float_tile,
     int4_tile,
@@ -69,10 +71,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROW_CHUNK = 4
 _FAST = {"reassoc", "nsz", "contract", "arcp"}  # sums in registers; NaN and infinity are kept, they must be seen
 
-_F32_12, _F32_8, _F32_4, _F32_2, _F32_1 = (float_tile(rows, "float32") for rows in (12, 8, 4, 2, 1))
-_BF16_12, _BF16_8, _BF16_4, _BF16_2, _BF16_1 = (float_tile(rows, "bfloat16") for rows in (12, 8, 4, 2, 1))
-_INT8_12, _INT8_8, _INT8_4, _INT8_2, _INT8_1 = (int8_tile(rows) for rows in (12, 8, 4, 2, 1))
-_INT4_6, _INT4_4, _INT4_2, _INT4_1 = (int4_tile(rows) for rows in (6, 4, 2, 1))
+_F32_12, _F32_8, _F32_4, _F32_2, _F32_1 = (float_tile(rows, "float32") for rows in ROWS)
+_BF16_12, _BF16_8, _BF16_4, _BF16_2, _BF16_1 = (float_tile(rows, "bfloat16") for rows in ROWS)
+_INT8_12, _INT8_8, _INT8_4, _INT8_2, _INT8_1 = (int8_tile(rows) for rows in ROWS)
+_INT4_6, _INT4_4, _INT4_2, _INT4_1 = (int4_tile(rows) for rows in ROWS_INT4)
 _quantise = quantise_tile()
 _silu_gated, _gelu_gated, _gelu_tanh_gated, _relu_gated = (activation_tile(name, True) for name in ACTIVATIONS)
 _silu, _gelu, _gelu_tanh, _relu = (activation_tile(name, False) for name in ACTIVATIONS)

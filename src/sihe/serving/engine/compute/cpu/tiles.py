@@ -22,7 +22,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from sihe.core.simd import F32, F32X16, I8, I8X16, I16, I32, I32X16, I64, LANES, Tile, Value, tile
+from sihe.core.simd import F32, F32X16, I8X16, I16, I32, I32X16, I64, LANES, Tile, Value, tile
 
 PANEL = 32
 """Columns of a panel: two registers, so that each broadcast activation is used twice."""
@@ -217,7 +217,7 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
     return tile(emit, "i" * 8)
 
 
-_KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2), "int8": (I8, 1)}
+_KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2)}
 
 
 def _sums(t: Tile, rows: int, start: Callable[[int], Value]) -> list[list[Value]]:
