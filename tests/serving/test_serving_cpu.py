@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ from sihe.serving.engine.compute.cpu.compute import CpuCompute
 from sihe.serving.engine.compute.cpu.kernels import Kind
 from sihe.serving.engine.compute.cpu.layout import lay_out
 from sihe.serving.engine.compute.cpu.support import WeightKind
-from sihe.serving.engine.compute.cpu.team import _work
+from sihe.serving.engine.compute.cpu.team import SOURCES, _work
 from sihe.serving.engine.compute.cpu.warm import compile_kernels
 from sihe.serving.engine.compute.cpu.weights import pack, unpack
 from sihe.serving.engine.compute.step import Feed, Step
@@ -59,6 +60,8 @@ MODELS = {
     "long window": like(attention=AttentionConfig(window=70)),
     "scaled": like(positions=PositionConfig(scaling=RopeScaling("llama3", 8.0, 32))),
     "gpt2": GPT2,
+    # Rows of the last product so long that 140 of them are several blocks of the second cache.
+    "long rows": like(intermediate_size=4096, num_layers=1),
     "relu": like(layers=LayerConfig(norm="layer", gated=False, activation="relu")),
     "gelu": like(layers=LayerConfig(norm="rms", gated=False, activation="gelu")),
     "sinusoidal": like(positions=PositionConfig(kind="sinusoidal")),
@@ -116,7 +119,7 @@ def test_logits_are_the_decoders(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "window", "multi-query"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "window", "multi-query", "long rows"])
 def test_a_token_has_the_same_bits_in_any_company(name: str, kind: WeightKind) -> None:
     model, tokens = decoder(MODELS[name]), some_tokens(140)
     with computing(model, kind) as compute:
@@ -194,3 +197,18 @@ def test_warming_up_leaves_nothing_to_compile() -> None:
     with computing(decoder(LLAMA)) as compute:
         fed(compute, [1, 2, 3], BLOCKS)
     assert (len(_work.signatures), len(lay_out.signatures)) == before
+
+
+def test_kernels_are_compiled_again_when_any_of_their_sources_changes() -> None:
+    """What is kept on disk goes by `SOURCES`: every function that is compiled in must come from one of them."""
+    found, left = set(), [_work.py_func]
+    while left:
+        function = left.pop()
+        found.add(function.__module__)
+        for name in function.__code__.co_names:
+            called = getattr(function.__globals__.get(name), "py_func", None)
+            if called is not None and called.__module__.startswith("sihe."):
+                left.append(called)
+    assert found <= {module.__name__ for module in SOURCES}
+    assert sys.modules["sihe.core.simd"] in SOURCES  # what tiles are written with
+    assert {"kernels", "attention", "team"} <= {name.rsplit(".")[-1] for name in found}

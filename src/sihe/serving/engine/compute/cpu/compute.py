@@ -101,8 +101,8 @@ class CpuCompute:
         page_offsets = np.zeros((2, feeds, width), np.int64)
         tasks = np.empty((tokens * self._group // ATTEND_ROWS + feeds, 3), np.int32)
         count = lay_out(
-            step.starts, step.lengths, step.logits, step.tables, self._group, pages.keys[0, 0].nbytes,
-            pages.values[0, 0].nbytes, rows, firsts, page_offsets, tasks, program.last_rows,
+            step.starts, step.lengths, step.logits, step.tables, self._group, ATTEND_ROWS,
+            pages.keys[0, 0].nbytes, pages.values[0, 0].nbytes, rows, firsts, page_offsets, tasks, program.last_rows,
         )  # fmt: skip
         given = np.array(
             (

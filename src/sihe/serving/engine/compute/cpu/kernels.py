@@ -69,6 +69,12 @@ class NormKind(IntEnum):
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROW_CHUNK = 4
+_BLOCK_BYTES = 1 << 19
+"""Of rows that are multiplied by all panels of a chunk before the next rows: they stay in the second cache."""
+_STEP_BYTES = 128  # of a panel, one step of a tile
+_AHEAD_BYTES = 4096
+"""How far weights are fetched ahead within a panel: with bfloat16, one row and weights in memory, two threads read
+33 GB/s so, and 25 where it is left to the processor, whose own fetching ends at each small page (Emerald Rapids)."""
 _FAST = {"reassoc", "nsz", "contract", "arcp"}  # sums in registers; NaN and infinity are kept, they must be seen
 
 _F32_12, _F32_8, _F32_4, _F32_2, _F32_1 = (float_tile(rows, "float32") for rows in ROWS)
@@ -98,80 +104,90 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None
     bias, y, y_s, add, scales, scales_s, x_scales, x_sums, sums_s = (
         op[9], op[10], op[11], op[12], op[13], op[14], op[15], op[16], op[17],
     )  # fmt: skip
-    for panel in range(first, last):
-        w, b, out, sc = (
-            weights + panel * panel_s,
-            bias + panel * 4 * PANEL,
-            y + panel * 4 * PANEL,
-            scales + panel * scales_s,
-        )
-        at, end = row, row + rows
-        while at < end:
-            left = end - at
-            xa, ya = x + at * x_s, out + at * y_s
-            if kind == 0:
-                if left >= 12:
-                    _F32_12(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 12
-                elif left >= 8:
-                    _F32_8(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 8
-                elif left >= 4:
-                    _F32_4(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 4
-                elif left >= 2:
-                    _F32_2(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 2
+    tallest = 6 if kind == 3 else 12
+    block = max(tallest, _BLOCK_BYTES // x_s // tallest * tallest)
+    for top in range(row, row + rows, block):
+        end = min(top + block, row + rows)
+        # The first tile of a panel fetches it; the others share out the fetching of the next one.
+        sharing = (end - top) // tallest - 1
+        stride = (_STEP_BYTES + sharing - 1) // sharing if sharing > 0 else _STEP_BYTES
+        for panel in range(first, last):
+            w, b, out, sc = (
+                weights + panel * panel_s,
+                bias + panel * 4 * PANEL,
+                y + panel * 4 * PANEL,
+                scales + panel * scales_s,
+            )
+            at, ahead, ahead_s = top, w + _AHEAD_BYTES, _STEP_BYTES
+            while at < end:
+                left = end - at
+                xa, ya = x + at * x_s, out + at * y_s
+                if kind == 0:
+                    if left >= 12:
+                        _F32_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 12
+                    elif left >= 8:
+                        _F32_8(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 8
+                    elif left >= 4:
+                        _F32_4(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 4
+                    elif left >= 2:
+                        _F32_2(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 2
+                    else:
+                        _F32_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 1
+                elif kind == 1:
+                    if left >= 12:
+                        _BF16_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 12
+                    elif left >= 8:
+                        _BF16_8(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 8
+                    elif left >= 4:
+                        _BF16_4(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 4
+                    elif left >= 2:
+                        _BF16_2(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 2
+                    else:
+                        _BF16_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
+                        at += 1
+                elif kind == 2:
+                    xsc, xsum = x_scales + 4 * at, x_sums + at * sums_s
+                    if left >= 12:
+                        _INT8_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
+                        at += 12
+                    elif left >= 8:
+                        _INT8_8(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
+                        at += 8
+                    elif left >= 4:
+                        _INT8_4(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
+                        at += 4
+                    elif left >= 2:
+                        _INT8_2(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
+                        at += 2
+                    else:
+                        _INT8_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
+                        at += 1
                 else:
-                    _F32_1(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 1
-            elif kind == 1:
-                if left >= 12:
-                    _BF16_12(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 12
-                elif left >= 8:
-                    _BF16_8(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 8
-                elif left >= 4:
-                    _BF16_4(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 4
-                elif left >= 2:
-                    _BF16_2(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 2
-                else:
-                    _BF16_1(xa, x_s, w, steps, b, ya, y_s, add)
-                    at += 1
-            elif kind == 2:
-                xsc, xsum = x_scales + 4 * at, x_sums + at * sums_s
-                if left >= 12:
-                    _INT8_12(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum)
-                    at += 12
-                elif left >= 8:
-                    _INT8_8(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum)
-                    at += 8
-                elif left >= 4:
-                    _INT8_4(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum)
-                    at += 4
-                elif left >= 2:
-                    _INT8_2(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum)
-                    at += 2
-                else:
-                    _INT8_1(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum)
-                    at += 1
-            else:
-                xsc, xsum = x_scales + 4 * at, x_sums + at * sums_s
-                if left >= 6:
-                    _INT4_6(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum, sums_s)
-                    at += 6
-                elif left >= 4:
-                    _INT4_4(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum, sums_s)
-                    at += 4
-                elif left >= 2:
-                    _INT4_2(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum, sums_s)
-                    at += 2
-                else:
-                    _INT4_1(xa, x_s, w, steps, b, ya, y_s, add, sc, xsc, xsum, sums_s)
-                    at += 1
+                    xsc, xsum = x_scales + 4 * at, x_sums + at * sums_s
+                    if left >= 6:
+                        _INT4_6(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
+                        at += 6
+                    elif left >= 4:
+                        _INT4_4(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
+                        at += 4
+                    elif left >= 2:
+                        _INT4_2(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
+                        at += 2
+                    else:
+                        _INT4_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
+                        at += 1
+                if sharing > 0:
+                    ahead = w + panel_s + ((at - top) // tallest - 1) * panel_s // sharing
+                    ahead_s = stride
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from typing import Any
 
 from numba import njit
 
-from sihe.serving.engine.compute.cpu.attention import ATTEND_ROWS
-
 
 @njit(nogil=True, cache=True)
 def lay_out(
@@ -16,6 +14,7 @@ def lay_out(
     logits: Any,
     tables: Any,
     group: int,
+    most_rows: int,
     key_bytes: int,
     value_bytes: int,
     rows: Any,
@@ -27,8 +26,9 @@ def lay_out(
     """Fills, for F feeds of T tokens in all, what the operations read; returns how many tasks of attention there are.
 
     rows [2, T]: position and feed of each token. firsts [F]: the first token of each feed. page_offsets [2, F, blocks]:
-    bytes to each of its pages of keys and of values. tasks [n, 3]: feed, first row, rows, where the rows of a feed are
-    its tokens' queries of one KV head (`group` a token). wanted [O]: the tokens whose logits are wanted.
+    bytes to each of its pages of keys and of values. tasks [n, 3]: feed, first row, rows (`most_rows` at most), where
+    the rows of a feed are its tokens' queries of one KV head (`group` a token). wanted [O]: the tokens whose logits are
+    wanted.
     """
     token, task, found = 0, 0, 0
     for feed in range(len(lengths)):
@@ -44,8 +44,8 @@ def lay_out(
         for block in range((starts[feed] + length + 15) // 16):
             page_offsets[0, feed, block] = key_bytes * tables[feed, block]
             page_offsets[1, feed, block] = value_bytes * tables[feed, block]
-        for first in range(0, length * group, ATTEND_ROWS):
+        for first in range(0, length * group, most_rows):
             tasks[task, 0], tasks[task, 1] = feed, first
-            tasks[task, 2] = min(ATTEND_ROWS, length * group - first)
+            tasks[task, 2] = min(most_rows, length * group - first)
             task += 1
     return task

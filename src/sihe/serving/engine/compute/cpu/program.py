@@ -26,6 +26,7 @@ from sihe.models.moe import MixtureOfExperts
 from sihe.models.rope import RotaryTable
 from sihe.models.transformer import Block
 from sihe.serving.engine.compute.cpu.kernels import ACTIVATIONS, WIDTH, Code, Kind, NormKind
+from sihe.serving.engine.compute.cpu.pages import zeros
 from sihe.serving.engine.compute.cpu.tiles import GROUP, PANEL
 from sihe.serving.engine.compute.cpu.weights import Packed, pack
 from sihe.serving.engine.kv.storage import KvPages
@@ -332,7 +333,7 @@ class Program:
         return self._at(array)
 
     def _buffer(self, rows: int, width: int) -> _Buffer:
-        buffer = _Buffer(np.zeros((rows, width), np.float32))
+        buffer = _Buffer(zeros((rows, width), np.float32))
         self._kept.append(buffer)
         return buffer
 
@@ -340,7 +341,7 @@ class Program:
         groups = width // GROUP
         made = _Input(
             self._buffer(rows, width),
-            _Buffer(np.zeros((rows, width), np.int8)),
+            _Buffer(zeros((rows, width), np.int8)),
             np.zeros(rows, np.float32),
             np.zeros((rows, groups), np.int32),
         )

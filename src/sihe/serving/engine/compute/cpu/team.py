@@ -8,7 +8,9 @@ system has put aside stops nobody.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from numba import carray, njit  # type: ignore[attr-defined]  # numba does not list its names
 from numpy.typing import NDArray
 
+from sihe.core import simd
 from sihe.core.simd import (
     add_atomic,
     int32_at,
@@ -28,6 +31,7 @@ from sihe.core.simd import (
     wait_semaphore,
     yield_core,
 )
+from sihe.serving.engine.compute.cpu import attention, kernels, tiles
 from sihe.serving.engine.compute.cpu.attention import attend, place
 from sihe.serving.engine.compute.cpu.kernels import (
     ROW_CHUNK,
@@ -148,31 +152,52 @@ def _run(ops: Any, step: Any, counters: int, threads: int, scratch: int) -> None
         _wait_until(done, chunks)
 
 
-@njit(nogil=True, cache=True)
-def _work(shared: int, semaphores: int, helpers: int, scratch: int) -> None:
-    """The caller's part in one program, where there are `helpers` to wake; else a helper's life until told to stop.
+SOURCES = (simd, tiles, kernels, attention, sys.modules[__name__])
+"""The modules whose code is compiled into `_work`."""
 
-    One function for both, because each function that calls the kernels is compiled with all of them.
-    """
-    given = int64_at(shared)
-    if helpers >= 0:
-        add_atomic(shared + 8 * _RUN, 1)
-        for helper in range(helpers):
-            post_semaphore(semaphores + helper * _SEMAPHORE_BYTES)
-    seen = 0
-    while True:
-        if helpers < 0:
-            while load_atomic(shared + 8 * _RUN) == seen:  # a signal can end the wait as well
-                wait_semaphore(semaphores)
-            seen += 1
-            if given[_STOP] != 0:
-                return
-        ops = carray(int64_at(given[_OPS]), (given[_COUNT], WIDTH))
-        step = carray(int64_at(given[_STEP]), (STEP_WIDTH,))
-        _run(ops, step, given[_COUNTERS], given[_THREADS], scratch)
+
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for module in SOURCES:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+def _compiled(sources: str) -> Any:
+    """`_work`, kept on disk for as long as `sources` are the same: numba itself looks at the file of a function alone,
+    not at those of the functions that it calls, and would take an old kernel for the present one."""
+
+    @njit(nogil=True, cache=True)
+    def _work(shared: int, semaphores: int, helpers: int, scratch: int) -> None:
+        """The caller's part in one program, where there are `helpers` to wake; else a helper's life until told to stop.
+
+        One function for both, because each function that calls the kernels is compiled with all of them.
+        """
+        assert sources  # a variable of the closure, which numba counts among what a compiled function depends on
+        given = int64_at(shared)
         if helpers >= 0:
-            return
-        add_atomic(shared + 8 * _LEFT, 1)
+            add_atomic(shared + 8 * _RUN, 1)
+            for helper in range(helpers):
+                post_semaphore(semaphores + helper * _SEMAPHORE_BYTES)
+        seen = 0
+        while True:
+            if helpers < 0:
+                while load_atomic(shared + 8 * _RUN) == seen:  # a signal can end the wait as well
+                    wait_semaphore(semaphores)
+                seen += 1
+                if given[_STOP] != 0:
+                    return
+            ops = carray(int64_at(given[_OPS]), (given[_COUNT], WIDTH))
+            step = carray(int64_at(given[_STEP]), (STEP_WIDTH,))
+            _run(ops, step, given[_COUNTERS], given[_THREADS], scratch)
+            if helpers >= 0:
+                return
+            add_atomic(shared + 8 * _LEFT, 1)
+
+    return _work
+
+
+_work = _compiled(_digest())
 
 
 class Team:

@@ -32,27 +32,26 @@ ROWS = (12, 8, 4, 2, 1)
 """How many rows a tile can take: twelve rows of two sums each, beside the factors, fill the 32 registers."""
 ROWS_INT4 = (6, 4, 2, 1)
 """The same for int4, which sums a group in integers and then all groups in float32: four registers a row."""
-_AHEAD = 4096
-"""Bytes that weights are asked for before they are needed: with bfloat16, one row and weights in memory, two threads
-read 33 GB/s so, and 25 where it is left to the processor, whose own prefetching ends at each page (Emerald Rapids)."""
 _HALVES = (0, 64)  # bytes from one register of a panel's step to the next
 
 
 def float_tile(rows: int, kind: str) -> Any:
     """y[row, 32] = x[row] W + bias, or that added to y.
 
-    Arguments: x, its stride, W, steps, bias, y, its stride, whether to add.
+    Arguments: x, its stride, W, steps, bias, y, its stride, whether to add, where to fetch weights ahead, and how many
+    bytes further at each step.
     """
     depth = 1 if kind == "float32" else 2
 
     def emit(t: Tile, given: list[Value]) -> None:
-        x, x_stride, weights, steps, bias, y, y_stride, add = given
+        x, x_stride, weights, steps, bias, y, y_stride, add, ahead, ahead_stride = given
         sums = _sums(t, rows, lambda half: t.load(t.at(bias, 64 * half), F32X16))
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
+        _fetch_results(t, rows, y, y_stride)
         with t.loop(steps) as step:
             panel = t.at(weights, t.b.mul(step, I64(128)))
             for offset in _HALVES:
-                t.prefetch(t.at(panel, _AHEAD, offset))
+                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset))
             if depth == 1:
                 columns = [[t.load(t.at(panel, offset), F32X16) for offset in _HALVES]]
             else:
@@ -71,24 +70,25 @@ def float_tile(rows: int, kind: str) -> Any:
             for half in range(2):
                 _write(t, t.get(sums[row][half]), t.at(y, t.b.mul(y_stride, I64(row)), 64 * half), add)
 
-    return tile(emit, "i" * 8)
+    return tile(emit, "i" * 10)
 
 
 def int8_tile(rows: int) -> Any:
     """As `float_tile` for int8.
 
-    Arguments: x, its stride, W, steps, bias, y, its stride, whether to add, the columns' scales, the rows' scales, the
-    sums of the rows' x (int32).
+    Arguments: x, its stride, W, steps, bias, y, its stride, whether to add, where to fetch ahead, bytes a step, the
+    columns' scales, the rows' scales, the sums of the rows' x (int32).
     """
 
     def emit(t: Tile, given: list[Value]) -> None:
-        x, x_stride, weights, steps, bias, y, y_stride, add, scales, x_scales, x_sums = given
+        x, x_stride, weights, steps, bias, y, y_stride, add, ahead, ahead_stride, scales, x_scales, x_sums = given
         sums = _sums(t, rows, lambda _: t.constant(0, I32X16))
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
+        _fetch_results(t, rows, y, y_stride)
         with t.loop(steps) as step:
             panel = t.at(weights, t.b.mul(step, I64(128)))
             for offset in _HALVES:
-                t.prefetch(t.at(panel, _AHEAD, offset))
+                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset))
             columns = [t.load(t.at(panel, offset), I32X16) for offset in _HALVES]
             offset = t.b.mul(step, I64(4))
             for row in range(rows):
@@ -105,7 +105,7 @@ def int8_tile(rows: int) -> Any:
                 value = t.fma(exact, scale, t.load(t.at(bias, 64 * half), F32X16))
                 _write(t, value, t.at(y, t.b.mul(y_stride, I64(row)), 64 * half), add)
 
-    return tile(emit, "i" * 11)
+    return tile(emit, "i" * 13)
 
 
 def int4_tile(rows: int) -> Any:
@@ -115,16 +115,19 @@ def int4_tile(rows: int) -> Any:
     """
 
     def emit(t: Tile, given: list[Value]) -> None:
-        x, x_stride, weights, groups, bias, y, y_stride, add, scales, x_scales, x_sums, x_sums_stride = given
+        x, x_stride, weights, groups, bias, y, y_stride, add, ahead, ahead_stride = given[:10]
+        scales, x_scales, x_sums, x_sums_stride = given[10:]
         totals = _sums(t, rows, lambda _: t.constant(0.0))
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
         sums_at = [t.at(x_sums, t.b.mul(x_sums_stride, I64(row))) for row in range(rows)]
+        _fetch_results(t, rows, y, y_stride)
         with t.loop(groups) as group:
             panel = t.at(weights, t.b.mul(group, I64(PANEL * GROUP // 2)))
             sums: list[list[Value]] = [[t.constant(0, I32X16)] * 2 for _ in range(rows)]
             for step in range(GROUP // 8):
+                place = t.b.mul(t.b.add(t.b.mul(group, I64(GROUP // 8)), I64(step)), ahead_stride)
                 for offset in _HALVES:
-                    t.prefetch(t.at(panel, 128 * step + offset + _AHEAD))
+                    t.prefetch(t.at(ahead, place, offset))
                 packed = [t.load(t.at(panel, 128 * step, offset), I32X16) for offset in _HALVES]
                 low = [t.b.and_(value, t.constant(0x0F0F0F0F, I32X16)) for value in packed]
                 shifted = [t.b.lshr(value, t.constant(4, I32X16)) for value in packed]
@@ -149,7 +152,7 @@ def int4_tile(rows: int) -> Any:
                 value = t.fma(t.get(totals[row][half]), x_scale, t.load(t.at(bias, 64 * half), F32X16))
                 _write(t, value, t.at(y, t.b.mul(y_stride, I64(row)), 64 * half), add)
 
-    return tile(emit, "i" * 12)
+    return tile(emit, "i" * 14)
 
 
 def score_tile(rows: int, pages: int, kind: str) -> Any:
@@ -222,6 +225,13 @@ _KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2)}
 
 def _sums(t: Tile, rows: int, start: Callable[[int], Value]) -> list[list[Value]]:
     return [[t.variable(start(half)) for half in range(2)] for _ in range(rows)]
+
+
+def _fetch_results(t: Tile, rows: int, y: Value, y_stride: Value) -> None:
+    """Asks for the rows of results while they are computed: of a wide matrix each lies on a page of its own."""
+    for row in range(rows):
+        for offset in _HALVES:
+            t.prefetch(t.at(y, t.b.mul(y_stride, I64(row)), offset), to_write=True)
 
 
 def _write(t: Tile, value: Value, address: Value, add: Value) -> None:

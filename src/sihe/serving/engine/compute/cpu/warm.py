@@ -16,4 +16,4 @@ def compile_kernels() -> None:
     team.close()
     ints, rows = np.zeros(0, np.int32), np.zeros((2, 0), np.int32)
     tables, pages = np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.int64)
-    lay_out(ints, ints, ints, tables, 1, 1, 1, rows, ints, pages, np.zeros((0, 3), np.int32), ints)
+    lay_out(ints, ints, ints, tables, 1, 1, 1, 1, rows, ints, pages, np.zeros((0, 3), np.int32), ints)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sihe.serving.engine.compute.cpu.kernels import Kind
+from sihe.serving.engine.compute.cpu.pages import moved
 from sihe.serving.engine.compute.cpu.support import WeightKind
 from sihe.serving.engine.compute.cpu.tiles import GROUP, PANEL
 
@@ -66,7 +67,7 @@ def pack(weight: Tensor, kind: Kind, bias: Tensor | None = None) -> Packed:
     wide_bias = torch.zeros(wide_outputs)
     if bias is not None:
         wide_bias[:outputs] = bias.detach().float()
-    return Packed(kind, wide_inputs, wide_outputs, torch.stack(panels), wide_bias, torch.stack(scales))
+    return Packed(kind, wide_inputs, wide_outputs, moved(torch.stack(panels)), wide_bias, moved(torch.stack(scales)))
 
 
 def unpack(packed: Packed) -> Tensor:
