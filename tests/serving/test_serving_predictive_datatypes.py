@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,14 @@ from sihe.serving.predictive.types import DATATYPES, Array, DataType
 
 NUMBERS = [cast(DataType, name) for name in DATATYPES if name not in ("BYTES", "BF16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+
+
+def nested(depth: int) -> Any:
+    """A number in so many arrays."""
+    data: Any = 1.0
+    for _ in range(depth):
+        data = [data]
+    return data
 
 
 @given(data=st.data(), datatype=st.sampled_from(NUMBERS), shape=SHAPES)
@@ -100,7 +109,13 @@ def test_an_unaligned_body_gives_an_aligned_tensor() -> None:
         ([1e300], "FP32", (1,), "too large"),
         ([1], "BOOL", (1,), "true or false"),
         ([1], "BYTES", (1,), "must be strings"),
-        ([["a"], ["b", "c"]], "BYTES", (3,), "must be strings"),
+        ([["a"], ["b", "c"]], "BYTES", (3,), "different lengths"),
+        ([[1, 2], 3], "FP32", (3,), "different lengths"),
+        (["1", 2], "FP32", (2,), "must be numbers"),
+        ([1, True], "INT32", (2,), "whole numbers"),
+        ([{"a": 1}], "FP32", (1,), "must be numbers"),
+        (nested(40), "FP32", (1,), "32 deep"),
+        (nested(40), "BYTES", (1,), "32 deep"),
         (["\ud800"], "BYTES", (1,), "surrogate"),
         ("abc", "FP32", (1,), "must be an array"),
         ({"a": 1}, "FP32", (1,), "must be an array"),
@@ -110,6 +125,17 @@ def test_an_unaligned_body_gives_an_aligned_tensor() -> None:
 def test_values_that_do_not_fit_are_refused(data: Any, datatype: DataType, shape: tuple[int, ...], said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         from_json(data, datatype, shape, "x")
+
+
+def test_one_long_text_among_numbers_costs_no_memory_for_each_of_them() -> None:
+    data: list[Any] = ["a" * 2**20, *([0] * 2**16)]
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput, match="must be numbers"):
+            from_json(data, "FP32", (len(data),), "x")
+        assert tracemalloc.get_traced_memory()[1] < 2**26, "an array of text has room for the longest in each element"
+    finally:
+        tracemalloc.stop()
 
 
 def test_whole_numbers_beyond_int64_are_exact() -> None:

@@ -136,6 +136,41 @@ def test_a_request_above_the_bound_is_computed_in_parts() -> None:
         rows = np.arange(10.0)[:, None]
         assert house.ask(rows).result(30).outputs["double"].tolist() == (rows * 2).tolist()
         assert [shape for shape, _ in house.backend.calls] == [(4, 1), (4, 1), (2, 1)]
+        assert house.notes.outcomes == ["ok"]
+
+
+def test_others_have_their_turn_between_the_parts_of_a_large_request() -> None:
+    with House(max_batch_size=4) as house:
+        house.hold()
+        large, small = house.ask(np.arange(10.0)[:, None]), house.ask([[1.0]])
+        house.backend.open.set()
+        assert large.result(30).outputs["total"].tolist() == np.arange(10.0).tolist()
+        assert small.done(), "it did not wait for the whole of the other"
+        assert [shape for shape, _ in house.backend.calls] == [(1, 1), (4, 1), (1, 1), (4, 1), (2, 1)]
+        assert small.result().queue_s <= large.result().queue_s + large.result().compute_s
+
+
+def test_the_rest_of_a_large_request_is_not_computed_for_a_caller_that_has_left() -> None:
+    with House(max_batch_size=4) as house:
+        house.backend.open.clear()
+        large = house.ask(np.arange(400.0)[:, None])
+        assert house.backend.entered.acquire(timeout=30)
+        assert large.cancel()
+        house.backend.open.set()
+        assert house.ask([[1.0]]).result(30).outputs["total"].tolist() == [1.0]
+        assert len(house.backend.calls) == 2
+        assert house.notes.outcomes == ["aborted", "ok"]
+
+
+def test_an_error_in_one_part_ends_a_large_request() -> None:
+    with House(max_batch_size=2) as house:
+        with pytest.raises(InferenceFailed, match="minus one"):
+            house.ask([[1.0], [2.0], [-1.0], [3.0], [4.0]]).result(30)
+        assert [shape for shape, _ in house.backend.calls] == [(2, 1), (2, 1)]
+        house.backend.answer = lambda rows: {"double": np.ones((2, len(house.backend.calls))), "total": rows.sum(1)}
+        with pytest.raises(InferenceFailed, match="dimensions"):
+            house.ask([[1.0], [2.0], [3.0], [4.0]]).result(30)
+        assert house.predictor.is_alive
 
 
 def test_only_the_culprits_fail() -> None:
@@ -165,6 +200,16 @@ def test_what_is_too_late_is_not_computed() -> None:
         first.result(30)
         assert [shape for shape, _ in house.backend.calls] == [(1, 1), (1, 1)]
         assert "expired" in house.notes.outcomes
+
+
+def test_a_deadline_beyond_what_a_lock_can_wait_for_takes_nobody_elses_away() -> None:
+    with House() as house:
+        house.hold()
+        patient = house.ask([[2.0]], timeout_s=1e15)
+        with pytest.raises(Expired):
+            house.ask([[1.0]], timeout_s=1e-6).result(30)  # while the model is still busy
+        house.backend.open.set()
+        patient.result(30)
 
 
 def test_a_deployment_can_set_the_deadline() -> None:
@@ -248,10 +293,24 @@ def test_rows_that_do_not_match_are_an_error_of_the_model() -> None:
         assert isinstance(caught.value.__cause__, InternalError)
 
 
-def test_warming_asks_for_two_rows() -> None:
+def test_warming_asks_for_two_rows_and_for_one_of_them_alone() -> None:
     with House() as house:
         house.predictor.warm()
-        assert house.backend.calls == [((2, 2), frozenset({"double", "total"}))]
+        assert [shape for shape, _ in house.backend.calls] == [(2, 2), (1, 2), (1, 2)]
+
+
+def test_a_model_that_mixes_rows_is_found_when_it_is_warmed() -> None:
+    with House() as house:
+        house.backend.answer = lambda rows: {"double": rows * 2, "total": rows.sum(1) / len(rows)}
+        with pytest.raises(InvalidInput, match="'total' for a row when another row is beside it"):
+            house.predictor.warm()
+
+
+def test_a_model_that_answers_at_random_is_not_taken_for_one_that_mixes_rows() -> None:
+    random = np.random.default_rng(0)
+    with House() as house:
+        house.backend.answer = lambda rows: {"double": rows * 2, "total": random.normal(size=len(rows))}
+        house.predictor.warm()
 
 
 def test_draining_finishes_what_waits_and_takes_nothing_new() -> None:

@@ -11,6 +11,13 @@ Requests wait in buckets of equal shape, because only those can be computed toge
 So a lone request on an idle model goes at once, and under load batches grow by themselves: what arrives while one batch
 is computed goes together into the next.
 
+One more wait keeps that true where callers and the model share processors (or Python's lock): those who would arrive
+during a batch cannot, as long as it computes. Closing the next batch with the first who comes in would shut the others
+out again, and every batch would have one row while the queue in front of the door grows without end. So the door is
+open between two batches, for `_OPEN_SHARE` of what a batch takes, at most the delay: from the end of the last one where
+somebody was left over from it, and else, where waiting is adaptive and not in vain, from the first arrival that comes
+sooner after it than a batch takes.
+
 A priority level is worth a fixed head start, rather than strict precedence: nobody starves.
 """
 
@@ -19,6 +26,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from math import inf
 
 PRIORITY_STEP_S = 0.1  # a request one level less urgent is served as if it had come so much later
 _GAP_WEIGHT = 0.25  # of the newest gap in the moving mean: about the last four arrivals count
@@ -26,6 +34,8 @@ _GAIN_WEIGHT = 0.25  # of the newest wait in the moving mean of those that broug
 _MIN_GAIN = 0.2  # share of waits that must have brought company for another one
 _PROBE = 32  # batches between two waits that are tried all the same: times change
 _OVERDUE = 2.0  # mean gaps without an arrival after which nobody is expected any more
+_PAST = -inf  # a time before all others: due at once, or never happened
+_OPEN_SHARE = 0.1  # of the time of a batch: how long the door is open between two
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,10 @@ class BatchQueue:
     def add(self, item: Item) -> None:
         """Takes in a request. Arrivals come in the order of their times."""
         self._note_arrival(item.arrived_s)
+        self.put_back(item)
+
+    def put_back(self, item: Item) -> None:
+        """Takes in the rest of a request of which a part was computed: nobody has arrived."""
         self._items[item.id] = item
         bisect.insort(self._buckets.setdefault(item.bucket, []), item, key=_rank)
 
@@ -110,12 +124,13 @@ class BatchQueue:
             self.remove(item.id)
         return late
 
-    def take(self, now_s: float, *, compute_s: float = 0.0) -> Batch | None:
+    def take(self, now_s: float, *, compute_s: float = 0.0, freed_s: float = _PAST) -> Batch | None:
         """The batch to compute now, removed from the queue; None while it pays to wait, or nothing waits.
 
         `compute_s` is what a batch is expected to take: a request with a deadline is not held back beyond what is left.
+        `freed_s` is when whoever asks has ended its last batch.
         """
-        due = [waiting for waiting in self._buckets.values() if self._due_s(waiting, compute_s) <= now_s]
+        due = [waiting for waiting in self._buckets.values() if self._due_s(waiting, compute_s, freed_s) <= now_s]
         if not due:
             for bucket, waiting in self._buckets.items():
                 self._held.setdefault(bucket, len(waiting))
@@ -126,9 +141,9 @@ class BatchQueue:
             self.remove(item.id)
         return Batch(tuple(chosen))
 
-    def wake_s(self, *, compute_s: float = 0.0) -> float | None:
+    def wake_s(self, *, compute_s: float = 0.0, freed_s: float = _PAST) -> float | None:
         """The time at which `take` or `expire` has something to do if nobody else arrives; None: never."""
-        times = [self._due_s(waiting, compute_s) for waiting in self._buckets.values()]
+        times = [self._due_s(waiting, compute_s, freed_s) for waiting in self._buckets.values()]
         deadline_s = self.deadline_s()
         return min(times if deadline_s is None else [*times, deadline_s], default=None)
 
@@ -138,23 +153,26 @@ class BatchQueue:
 
     # ---- the decision -----------------------------------------------------------------------------------------------
 
-    def _due_s(self, waiting: list[Item], compute_s: float) -> float:
+    def _due_s(self, waiting: list[Item], compute_s: float, freed_s: float) -> float:
         """When this bucket's batch should close at the latest; minus infinity: at once."""
         policy = self.policy
         chosen = self._fill(waiting)
         if len(chosen) < len(waiting) or sum(item.rows for item in chosen) >= policy.max_batch_size:
-            return float("-inf")
-        limit_s = min(item.arrived_s for item in waiting) + policy.max_delay_s
-        for item in waiting:
-            if item.deadline_s is not None:
-                limit_s = min(limit_s, item.deadline_s - compute_s)
-        if not policy.adaptive:
-            return limit_s
-        assert self._last_arrival_s is not None, "somebody has arrived"
-        is_in_vain = self._gain < _MIN_GAIN and self._taken % _PROBE != 0
-        if is_in_vain or self._last_arrival_s + self._gap_s > limit_s:
-            return float("-inf")
-        return min(limit_s, self._last_arrival_s + _OVERDUE * self._gap_s)
+            return _PAST
+        oldest_s = min(item.arrived_s for item in waiting)
+        latest_s = min((item.deadline_s for item in waiting if item.deadline_s is not None), default=inf) - compute_s
+        opening_s = min(policy.max_delay_s, _OPEN_SHARE * compute_s)
+        open_s = freed_s + opening_s if oldest_s <= freed_s else _PAST
+        limit_s = oldest_s + policy.max_delay_s
+        if policy.adaptive:
+            assert self._last_arrival_s is not None, "somebody has arrived"
+            is_in_vain = self._gain < _MIN_GAIN and self._taken % _PROBE != 0
+            is_unlikely = self._last_arrival_s + self._gap_s > limit_s
+            expected_s = self._last_arrival_s + _OVERDUE * self._gap_s
+            limit_s = _PAST if is_in_vain or is_unlikely else min(limit_s, expected_s)
+            if freed_s < oldest_s < freed_s + compute_s and not is_in_vain:
+                open_s = oldest_s + opening_s
+        return min(latest_s, max(open_s, limit_s))
 
     def _fill(self, waiting: list[Item]) -> list[Item]:
         """The first requests of a bucket whose rows fit; the first of all goes even if it alone has too many."""
@@ -170,7 +188,7 @@ class BatchQueue:
     def _note_arrival(self, now_s: float) -> None:
         if self._last_arrival_s is not None:
             # A silence counts as two delays at most, so that one pause between two bursts does not hide the second.
-            gap_s = min(now_s - self._last_arrival_s, 2 * self.policy.max_delay_s)
+            gap_s = min(max(0.0, now_s - self._last_arrival_s), 2 * self.policy.max_delay_s)
             known_s = self._gap_s if self._gap_s != float("inf") else gap_s
             self._gap_s = known_s + _GAP_WEIGHT * (gap_s - known_s)
         self._last_arrival_s = now_s

@@ -8,7 +8,8 @@ Binary form: Triton's binary tensor data extension
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ def from_binary(data: memoryview, datatype: DataType, shape: tuple[int, ...], na
     """The tensor in `data`. It shares memory with numbers. Raises `InvalidInput` when the size is not the shape's."""
     count = prod(shape)
     if datatype == "BYTES":
-        return _object_array(_split_bytes(data, count, name), shape)
+        return _object_array(_split_bytes(data, count, name), shape, name)
     width = 2 if datatype == "BF16" else numpy_type(datatype).itemsize
     if len(data) != count * width:
         raise InvalidInput(
@@ -113,58 +114,62 @@ def _to_bf16(array: Array) -> Array:
 
 
 def from_json(data: Any, datatype: DataType, shape: tuple[int, ...], name: str) -> Array:
-    """The tensor of a JSON array, nested as its shape or flat. Raises `InvalidInput` for a value that does not fit."""
+    """The tensor of `data`, flat or nested as its shape. Raises `InvalidInput` for values that do not fit."""
     if not isinstance(data, list):
         raise InvalidInput(f"tensor {name!r}: data must be an array, got {type(data).__name__}")
+    flat, nested = _flattened(data, name)
+    if len(flat) != prod(shape) or (len(nested) > 1 and nested != shape):
+        raise InvalidInput(
+            f"tensor {name!r}: its shape is {list(shape)}, and the data has {len(flat)} values"
+            + (f" nested as {list(nested)}" if len(nested) > 1 else "")
+        )
+    # numpy makes numbers of text and text of numbers, and the longest text decides how much memory each element gets.
+    kinds = set(map(type, flat))
     if datatype == "BYTES":
-        return _bytes_from_json(data, shape, name)
-    try:
-        array = np.array(data) if data else np.array([], numpy_type(datatype))
-    except (ValueError, OverflowError):
-        raise InvalidInput(f"tensor {name!r}: its rows have different lengths, or a value is no number") from None
-    array = _checked_values(array, data, datatype, name)
-    _check_count(array, shape, name)
-    return _shaped(array, shape, name)
+        return _bytes_from_json(flat, kinds, shape, name)
+    return _shaped(_numbers(flat, kinds, datatype, name), shape, name)
 
 
-def _checked_values(array: Array, data: Sequence[Any], datatype: DataType, name: str) -> Array:
-    kind, target = array.dtype.kind, numpy_type(datatype)
-    expected = {"b": "true or false", "f": "numbers"}.get(target.kind, "whole numbers")
-    if target.kind in "iu" and kind in "fO" and array.size:
-        # Numbers beyond int64 beside negative ones become floats or objects: looked at one by one.
-        exact = np.array(data, dtype=object)
-        if all(type(value) is int for value in exact.ravel()):
-            array, kind = exact, "i"
-    fits = {"b": "b", "f": "iuf", "i": "iu", "u": "iu"}[target.kind]
-    if array.size and kind not in fits:
+def _flattened(data: list[Any], name: str) -> tuple[list[Any], tuple[int, ...]]:
+    """The values in their order, and how they were nested."""
+    flat, nested = data, [len(data)]
+    while flat and type(flat[0]) is list:
+        sizes = set(map(len, flat)) if set(map(type, flat)) == {list} else set()
+        if len(sizes) != 1 or len(nested) == _MAX_DIMS:
+            raise InvalidInput(
+                f"tensor {name!r}: its rows have different lengths, or are nested more than {_MAX_DIMS} deep"
+            )
+        nested.append(sizes.pop())
+        flat = list(chain.from_iterable(flat))
+    return flat, tuple(nested)
+
+
+def _numbers(flat: list[Any], kinds: set[type], datatype: DataType, name: str) -> Array:
+    target = numpy_type(datatype)
+    fits: Mapping[str, tuple[set[type], str]] = {"b": ({bool}, "true or false"), "f": ({int, float}, "numbers")}
+    allowed, expected = fits.get(target.kind, ({int}, "whole numbers"))
+    if not kinds <= allowed:
         raise InvalidInput(f"tensor {name!r} is {datatype}: its data must be {expected}")
-    if target.kind in "iu" and array.size:
-        limits = np.iinfo(cast(Any, target))
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise InvalidInput(f"tensor {name!r} is {datatype}: values go from {limits.min} to {limits.max}")
-    if target.kind == "f" and array.size:
-        with np.errstate(over="ignore"):
-            converted = array.astype(target)
-        if not np.isfinite(converted).all():
-            raise InvalidInput(f"tensor {name!r} is {datatype}: a value is too large for it")
-        return converted
-    return array.astype(target)
+    if target.kind != "f":
+        try:
+            return np.array(flat, target)
+        except OverflowError:
+            limits = np.iinfo(cast(Any, target))
+            raise InvalidInput(f"tensor {name!r} is {datatype}: values go from {limits.min} to {limits.max}") from None
+    with np.errstate(over="ignore"):
+        converted = np.array(flat, np.float64).astype(target)
+    if not np.isfinite(converted).all():
+        raise InvalidInput(f"tensor {name!r} is {datatype}: a value is too large for it")
+    return converted
 
 
-def _bytes_from_json(data: list[Any], shape: tuple[int, ...], name: str) -> Array:
+def _bytes_from_json(flat: list[Any], kinds: set[type], shape: tuple[int, ...], name: str) -> Array:
+    if not kinds <= {str}:
+        raise InvalidInput(f"tensor {name!r} is BYTES: its data must be strings")
     try:
-        flat = list(np.array(data, dtype=object).ravel())
-    except ValueError:
-        flat = [None]
-    if not all(isinstance(item, str) for item in flat):
-        raise InvalidInput(f"tensor {name!r} is BYTES: its data must be strings, every row of one length")
-    try:
-        items = [item.encode() for item in flat]
+        return _object_array([item.encode() for item in flat], shape, name)
     except UnicodeEncodeError:
         raise InvalidInput(f"tensor {name!r}: a string has half of a surrogate pair: send binary data") from None
-    if len(items) != prod(shape):
-        raise InvalidInput(f"tensor {name!r}: its shape has {prod(shape)} elements, and the data {len(items)}")
-    return _object_array(items, shape)
 
 
 def to_json(array: Array, datatype: DataType, name: str) -> list[Any]:
@@ -184,7 +189,7 @@ def to_json(array: Array, datatype: DataType, name: str) -> list[Any]:
 
 def as_objects(array: Array) -> Array:
     """Text of any kind as an array of `bytes` objects."""
-    return _object_array([_as_bytes(item) for item in array.ravel()], array.shape)
+    return _object_array([_as_bytes(item) for item in array.ravel()], array.shape, "text")
 
 
 def as_texts(array: Array, name: str) -> Array:
@@ -201,18 +206,10 @@ def _as_bytes(item: object) -> bytes:
     return item if isinstance(item, bytes) else str(item).encode()
 
 
-def _object_array(items: Sequence[bytes], shape: tuple[int, ...]) -> Array:
-    array = np.empty(len(items), dtype=object)
+def _object_array(items: Sequence[bytes], shape: tuple[int, ...], name: str) -> Array:
+    array: Array = np.empty(len(items), dtype=object)
     array[:] = items
-    return cast(Array, array.reshape(shape))
-
-
-def _check_count(array: Array, shape: tuple[int, ...], name: str) -> None:
-    if array.size != prod(shape) or (array.ndim > 1 and array.shape != shape):
-        raise InvalidInput(
-            f"tensor {name!r}: its shape is {list(shape)}, and the data has {array.size} values"
-            + (f" nested as {list(array.shape)}" if array.ndim > 1 else "")
-        )
+    return _shaped(array, shape, name)
 
 
 def _shaped(array: Array, shape: tuple[int, ...], name: str) -> Array:

@@ -2,38 +2,35 @@
 
 The path of a request: `submit` (the caller's thread) → `BatchQueue` (the policy) → one backend call for the batch →
 rows split back → future. An error stays with the request that causes it: a batch that raises is computed again one
-request at a time, and only those that raise alone fail.
+request at a time, and only those that raise alone fail. A request larger than a batch is computed in slices, between
+which others have their turn.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from sihe.core.clock import Clock, SystemClock
-from sihe.core.errors import InternalError, UserError
+from sihe.core.errors import InvalidInput, UserError
 from sihe.core.telemetry import logger
 from sihe.serving.errors import EngineClosed, EngineDead, Expired, InferenceFailed, QueueFull
 from sihe.serving.predictive.batching import Batch, BatchPolicy, BatchQueue, Item
 from sihe.serving.predictive.config import PredictiveConfig
+from sihe.serving.predictive.pending import Pending, joined, named, split
 from sihe.serving.predictive.ports import Backend, BatchStats, NoObserver, PredictorObserver
 from sihe.serving.predictive.types import Array, InferenceRequest, InferenceResult, ModelDescription
 
-_WARM_ROWS = 2  # enough to see whether outputs have a row for each row
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    item: Item
-    request: InferenceRequest
-    future: Future[InferenceResult]
+# How far an answer alone and one beside another row may lie apart: kernels sum in another order for another number of
+# rows. Types of half the width have 8 to 11 bits.
+_SAME = {"FP64": 1e-4, "FP32": 1e-3, "FP16": 2e-2, "BF16": 2e-2}
 
 
 class Predictor:
@@ -72,7 +69,7 @@ class Predictor:
         self._queue = BatchQueue(
             BatchPolicy(config.max_batch_size, config.max_delay_ms / 1000, adaptive=config.wait == "adaptive")
         )
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._compute_s = 0.0  # moving mean of a batch
         self._closing = False
         self._abandon = False
@@ -112,24 +109,26 @@ class Predictor:
         The future raises `InferenceFailed`, `Expired`, or the model's `InvalidInput`. Raises `QueueFull`,
         `EngineClosed`, `EngineDead`.
         """
-        now_s = self._clock.monotonic_s()
         timeout_s = request.timeout_s
         if timeout_s is None and self.config.timeout_ms is not None:
             timeout_s = self.config.timeout_ms / 1000
         id = next(self._ids)
-        item = Item(
-            id=id,
-            bucket=self._bucket(request, id),
-            rows=_rows(request) if self.description.batched else self.config.max_batch_size,
-            arrived_s=now_s,
-            deadline_s=None if timeout_s is None else now_s + timeout_s,
-            priority=request.priority,
-        )
+        bound = self.config.max_batch_size
+        rows = _rows(request) if self.description.batched else 1
         future: Future[InferenceResult] = Future()
         with self._changed:
             self._check_open()
             self._check_queue()
-            self._pending[id] = _Pending(item, request, future)
+            now_s = self._clock.monotonic_s()  # in here, so that arrivals come in the order of their times
+            item = Item(
+                id=id,
+                bucket=self._bucket(request, id),
+                rows=min(rows, bound) if self.description.batched else bound,
+                arrived_s=now_s,
+                deadline_s=None if timeout_s is None else now_s + timeout_s,
+                priority=request.priority,
+            )
+            self._pending[id] = Pending(item, request, future, rows, now_s, self.description.batched)
             self._queue.add(item)
             self._changed.notify()
             if item.deadline_s is not None:
@@ -138,14 +137,30 @@ class Predictor:
         return future
 
     def warm(self) -> None:
-        """Answers one real request, so that the first user meets neither a cold library nor a broken model.
+        """Answers real requests, so that the first user meets neither a cold library nor a broken model.
 
-        A batched model is asked for two rows, and must give two of each output.
+        A batched model is asked for two rows, and must give two of each output; and for the first of them alone, which
+        must be answered as beside the other. Raises `InvalidInput` where it is not: rows of strangers would meet in a
+        batch. Only outputs of floating-point numbers are looked at, and none of a model that answers at random.
         """
-        example = self._example
-        if self.description.batched:
-            example = {name: np.concatenate([array[:1]] * _WARM_ROWS) for name, array in example.items()}
-        self.submit(InferenceRequest(example, self._all_outputs)).result()
+        if not self.description.batched:
+            self._ask(self._example)
+            return
+        both = {name: np.concatenate([array[:1], array[-1:]]) for name, array in self._example.items()}
+        first = {name: array[:1] for name, array in self._example.items()}
+        together, alone, again = self._ask(both), self._ask(first), self._ask(first)
+        for spec in self.description.outputs:
+            near = _SAME.get(spec.datatype)
+            if near is None or not _is_near(alone[spec.name], again[spec.name], near):
+                continue
+            if not _is_near(alone[spec.name], together[spec.name][:1], near):
+                raise InvalidInput(
+                    f"the model gives another {spec.name!r} for a row when another row is beside it: rows influence "
+                    'each other, so describe it with  "batched": false'
+                )
+
+    def _ask(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self.submit(InferenceRequest(inputs, self._all_outputs)).result().outputs
 
     @property
     def version(self) -> str:
@@ -209,14 +224,12 @@ class Predictor:
             raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, batches * self._compute_s)))
 
     def _forget(self, id: int) -> None:
-        """The caller is gone: what still waits is not computed."""
+        """The caller is gone: what is not computed yet will not be."""
         with self._changed:
-            waited = self._queue.remove(id)
-            if waited:
-                self._pending.pop(id, None)
+            self._queue.remove(id)
+            self._pending.pop(id, None)
             self._changed.notify_all()
-        if waited:
-            self._observer.on_request("aborted", None)
+        self._observer.on_request("aborted", None)
 
     # ---- deadlines, while every computing thread is busy ------------------------------------------------------------
 
@@ -241,19 +254,20 @@ class Predictor:
                 if not late:
                     if self._closing and earliest_s is None:
                         return
-                    self._deadlines.wait(None if earliest_s is None else max(0.0, earliest_s - now_s))
+                    self._deadlines.wait(_pause_s(earliest_s, now_s))
             for pending in late:
                 self._expire(pending)
 
-    def _take_late(self, now_s: float) -> list[_Pending]:
+    def _take_late(self, now_s: float) -> list[Pending]:
         return [self._pending.pop(item.id) for item in self._queue.expire(now_s)]
 
     # ---- the computing threads --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        freed_s = -math.inf  # when this thread has ended its last batch
         try:
-            while self._turn():
-                pass
+            while self._turn(freed_s):
+                freed_s = self._clock.monotonic_s()
         except BaseException as death:  # noqa: BLE001 - a dead thread must say so, whatever killed it
             self._log.error("predictor_died", error=repr(death), exc_info=death)
             with self._changed:
@@ -265,10 +279,10 @@ class Predictor:
         if last:
             self._end()
 
-    def _turn(self) -> bool:
+    def _turn(self, freed_s: float) -> bool:
         """Waits for a batch and computes it; false when the threads are to end."""
         with self._changed:
-            batch, expired = self._next()
+            batch, expired = self._next(freed_s)
             members = [self._pending[item.id] for item in batch.items] if batch else []
             if len(self._queue):
                 self._changed.notify()  # another instance may find the next batch due
@@ -278,90 +292,100 @@ class Predictor:
             self._compute(members)
         return bool(members or expired)
 
-    def _next(self) -> tuple[Batch | None, list[_Pending]]:
+    def _next(self, freed_s: float) -> tuple[Batch | None, list[Pending]]:
         """Under the condition: blocks until a batch is due or deadlines have passed; nothing at all means the end."""
         while not self._abandon:
             now_s = self._clock.monotonic_s()
             late = self._take_late(now_s)
             # Nobody joins any more once it drains: what waits is due.
-            batch = self._queue.take(float("inf") if self._closing else now_s, compute_s=self._compute_s)
+            until_s = math.inf if self._closing else now_s
+            batch = self._queue.take(until_s, compute_s=self._compute_s, freed_s=freed_s)
             if batch or late or self._closing:
                 return batch, late
-            wake_s = self._queue.wake_s(compute_s=self._compute_s)
-            self._changed.wait(None if wake_s is None else max(0.0, wake_s - now_s))
+            self._changed.wait(_pause_s(self._queue.wake_s(compute_s=self._compute_s, freed_s=freed_s), now_s))
         return None, []
 
-    def _compute(self, members: Sequence[_Pending]) -> None:
-        running = [pending for pending in members if pending.future.set_running_or_notify_cancel()]
-        started_s = self._clock.monotonic_s()
+    def _compute(self, members: Sequence[Pending]) -> None:
+        # Only before its last slice does a request begin to run as far as its caller sees: until then it can be left.
+        running = [
+            pending
+            for pending in members
+            if (pending.future.set_running_or_notify_cancel() if pending.is_last_slice else not pending.future.done())
+        ]
         if running:
-            self._answer(running, started_s)
+            self._answer(running, self._clock.monotonic_s())
         with self._changed:
+            now_s = self._clock.monotonic_s()
             for pending in members:
-                self._pending.pop(pending.item.id, None)
+                id = pending.item.id
+                if pending.is_computed or pending.future.done():
+                    self._pending.pop(id, None)
+                elif id in self._pending:  # else its caller has left it just now
+                    self._queue.put_back(pending.next_slice(now_s))
 
-    def _answer(self, members: Sequence[_Pending], began_s: float) -> None:
+    def _answer(self, members: Sequence[Pending], began_s: float) -> None:
         """Computes them together; where that raises, each alone, so that only the culprits fail."""
         started_s = self._clock.monotonic_s()
+        for pending in members:
+            if pending.began_s is None:
+                pending.began_s = began_s
         try:
-            outputs = self._infer([pending.request for pending in members])
+            outputs = self._infer(members)
         except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the requests in it
             if len(members) > 1:
                 for pending in members:
                     self._answer([pending], began_s)
                 return
-            self._fail(members[0], error, began_s - members[0].item.arrived_s)
+            self._fail(members[0], error)
             return
         spent_s = self._clock.monotonic_s() - started_s
-        rows = sum(_rows(pending.request) for pending in members) if self.description.batched else 1
+        rows = sum(pending.slice_rows for pending in members)
         self._compute_s += 0.2 * (spent_s - self._compute_s) if self._compute_s else spent_s
         self._observer.on_batch(BatchStats(len(members), rows, spent_s, len(self._queue)))
         for pending, answer in zip(members, outputs, strict=True):
-            queue_s = began_s - pending.item.arrived_s
-            self._observer.on_request("ok", queue_s)
-            pending.future.set_result(InferenceResult(answer, queue_s, spent_s, rows))
+            pending.take(answer, spent_s)
+            if pending.is_computed:
+                self._deliver(pending, rows)
 
-    def _infer(self, requests: Sequence[InferenceRequest]) -> list[dict[str, Array]]:
-        """Each request's wanted outputs, from one call of the model (or several, for one request above the bound)."""
+    def _deliver(self, pending: Pending, batch_rows: int) -> None:
+        try:
+            result = pending.result(batch_rows)
+        except ValueError as error:  # outputs of its slices that do not fit together
+            self._fail(pending, error)
+            return
+        self._observer.on_request("ok", pending.queue_s)
+        pending.future.set_result(result)
+
+    def _infer(self, members: Sequence[Pending]) -> list[dict[str, Array]]:
+        """Each member's wanted outputs for its next slice, from one call of the model."""
         backend = self._backend
         assert backend is not None, "freed only after the threads have ended"
-        wanted = frozenset(name for request in requests for name in request.outputs)
-        if not self.description.batched:
-            (request,) = requests
-            made = backend.run(request.inputs, wanted)
-            return [{name: _made(made, name) for name in request.outputs}]
-        names = requests[0].inputs
-        inputs = {name: _joined([request.inputs[name] for request in requests]) for name in names}
-        counts = [_rows(request) for request in requests]
-        total, bound = sum(counts), self.config.max_batch_size
-        parts = []
-        for start in range(0, total, bound):
-            rows = min(bound, total - start)
-            part = backend.run({name: array[start : start + rows] for name, array in inputs.items()}, wanted)
-            parts.append({name: _checked(part, name, rows) for name in wanted})
-        joined = {name: _joined([part[name] for part in parts]) for name in wanted}
-        answers, at = [], 0
-        for request, rows in zip(requests, counts, strict=True):
-            answers.append({name: joined[name][at : at + rows] for name in request.outputs})
-            at += rows
-        return answers
+        wanted = frozenset(name for pending in members for name in pending.request.outputs)
+        inputs = {name: joined([pending.inputs(name) for pending in members]) for name in members[0].request.inputs}
+        made = backend.run(inputs, wanted)
+        if self.description.batched:
+            return split(made, members)
+        (pending,) = members
+        return [{name: named(made, name) for name in pending.request.outputs}]
 
-    def _fail(self, pending: _Pending, error: Exception, queue_s: float) -> None:
+    def _fail(self, pending: Pending, error: Exception) -> None:
+        if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
+            return  # left between two slices
         if isinstance(error, UserError):
-            self._observer.on_request("invalid", queue_s)
+            self._observer.on_request("invalid", pending.queue_s)
             pending.future.set_exception(error)
             return
         self._log.error("inference_failed", error=repr(error), exc_info=error)
         failure = InferenceFailed(f"the model failed on this request: {error}")
         failure.__cause__ = error
-        self._observer.on_request("failed", queue_s)
+        self._observer.on_request("failed", pending.queue_s)
         pending.future.set_exception(failure)
 
-    def _expire(self, pending: _Pending) -> None:
+    def _expire(self, pending: Pending) -> None:
         if not pending.future.set_running_or_notify_cancel():
             return
-        self._observer.on_request("expired", None)
-        waited_s = self._clock.monotonic_s() - pending.item.arrived_s
+        self._observer.on_request("expired", pending.queue_s)
+        waited_s = self._clock.monotonic_s() - pending.arrived_s
         pending.future.set_exception(Expired(waited_s))
 
     def _end(self) -> None:
@@ -396,21 +420,10 @@ def _rows(request: InferenceRequest) -> int:
     return next(iter(request.inputs.values())).shape[0]
 
 
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def _pause_s(until_s: float | None, now_s: float) -> float | None:
+    """How long to wait; no longer than a lock can, whatever deadline somebody has sent."""
+    return None if until_s is None else min(max(0.0, until_s - now_s), threading.TIMEOUT_MAX)
 
 
-def _made(outputs: Mapping[str, Array], name: str) -> Array:
-    if name not in outputs:
-        raise InternalError(f"the model gave no output {name!r}: it gave {', '.join(outputs) or 'none'}")
-    return outputs[name]
-
-
-def _checked(outputs: Mapping[str, Array], name: str, rows: int) -> Array:
-    array = _made(outputs, name)
-    if array.ndim == 0 or array.shape[0] != rows:
-        raise InternalError(
-            f"for {rows} rows the model gave an output {name!r} of shape {list(array.shape)}: it does not treat rows "
-            'apart, so describe it with  "batched": false'
-        )
-    return array
+def _is_near(a: Array, b: Array, near: float) -> bool:
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=near, atol=near * 1e-2, equal_nan=True))

@@ -8,6 +8,7 @@ the protocol wants; those that would change the answer here and are not supporte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from sihe.serving.predictive.types import Array, InferenceRequest, ModelDescript
 EXTENSIONS = ("binary_tensor_data", "classification", "parameters", "schedule_policy", "model_repository(index)")
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT_HEADER = "x-sihe-timeout-ms"
+_DIGITS = re.compile(r"[0-9]{1,18}")  # Python refuses to read numbers of thousands of digits
 _UNSUPPORTED = ("sequence_id", "shared_memory_region")
 
 
@@ -103,7 +105,7 @@ def build_answer(
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     if header_length is None:
         return body, memoryview(b"")
-    if not header_length.isascii() or not header_length.isdigit() or int(header_length) > len(body):
+    if not _DIGITS.fullmatch(header_length) or int(header_length) > len(body):
         raise InvalidInput(
             f"{HEADER_LENGTH} must be the size of the JSON, at most the body's {len(body)} bytes, "
             f"got {header_length!r:.100}"
