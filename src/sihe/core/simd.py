@@ -203,13 +203,16 @@ class Tile(_Memory):
         """The larger of each pair of lanes."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
-    def reduce(self, operation: str, value: Value, start: Value | None = None) -> Value:
-        """All lanes as one number: `fmax`, or `fadd` in the lanes' order from `start`."""
-        name = f"llvm.vector.reduce.{operation}"
-        arguments = [value] if start is None else [start, value]
-        kinds = [argument.type for argument in arguments]
-        function = self.b.module.declare_intrinsic(f"{name}.v16f32", (), ir.FunctionType(F32, kinds))
-        return self.b.call(function, arguments)
+    def across(self, combine: Callable[[Value, Value], Value], value: Value) -> Value:
+        """All lanes combined in pairs, then pairs of pairs, …: the result in every lane."""
+        for distance in (8, 4, 2, 1):
+            partners = ir.Constant(I32X16, [lane ^ distance for lane in range(LANES)])
+            value = combine(value, self.b.shuffle_vector(value, value, partners))
+        return value
+
+    def first(self, value: Value) -> Value:
+        """The number in the first lane."""
+        return self.b.extract_element(value, I32(0))
 
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
         """Each int32 lane plus the product of its four bytes, unsigned ones by signed ones."""

@@ -22,7 +22,7 @@ TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES
 ATTEND_ROWS = 12
 
-_softmax = softmax_tile()
+_softmax_whole, _softmax_partly = (softmax_tile(TILE_PAGES, partly) for partly in (False, True))
 _SCORE_F32_12, _SCORE_F32_6, _SCORE_F32_3, _SCORE_F32_2, _SCORE_F32_1 = (
     score_tile(rows, 2 if rows == 12 else 4, "float32") for rows in (12, 6, 3, 2, 1)
 )
@@ -135,10 +135,14 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
             position = start + (begin + row) // group
             first = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
             last = min(TILE_TOKENS, position + 1 - begins)
-            _softmax(scores + 4 * TILE_TOKENS * row, TILE_PAGES, first, last, states + 16 * row)
+            if first == 0 and last == TILE_TOKENS:
+                _softmax_whole(scores + 4 * TILE_TOKENS * row, first, last, states + 16 * row)
+            else:
+                _softmax_partly(scores + 4 * TILE_TOKENS * row, first, last, states + 16 * row)
             factor = state[4 * row + 2]
-            for i in range(width):
-                total[row * width + i] *= factor
+            if factor != 1.0:  # as it is wherever none of these scores is the largest so far
+                for i in range(width):
+                    total[row * width + i] *= factor
         seen = min(TILE_TOKENS, newest + 1 - begins)
         _mix(kind, scores, rows, value_pages, op[9] + head * op[10], seen, op[11], sums, width)
     for row in range(rows):

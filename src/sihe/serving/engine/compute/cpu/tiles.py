@@ -254,7 +254,7 @@ def quantise_tile() -> Any:
             value = t.load(t.at(x, t.b.mul(vector, I64(4 * LANES))), F32X16)
             t.put(t.maximum(t.b.fsub(t.constant(0.0), value), t.maximum(value, t.get(largest))), largest)
             t.put(t.fma(value, t.constant(0.0), t.get(spoilt)), spoilt)  # NaN where a value is NaN or infinite
-        top = t.b.fadd(t.reduce("fmax", t.get(largest)), t.reduce("fadd", t.get(spoilt), F32(0.0)))
+        top = t.first(t.b.fadd(t.across(t.maximum, t.get(largest)), t.across(t.b.fadd, t.get(spoilt))))
         t.store(t.b.fmul(top, F32(1 / 127)), scale)  # a NaN goes on to the logits, where it is seen
         is_usable = t.b.fcmp_ordered(">", top, F32(1e-30))
         factor = t.splat(t.b.select(is_usable, t.b.fdiv(F32(127), top), F32(0.0)))
@@ -269,49 +269,48 @@ def quantise_tile() -> Any:
                 code = t.b.sub(code, t.constant(0x4B400000, I32X16))
                 t.put(t.b.add(t.get(total), code), total)
                 t.store(t.b.trunc(code, I8X16), t.at(codes, place))
-            function = t.b.module.declare_intrinsic("llvm.vector.reduce.add.v16i32", (), ir.FunctionType(I32, [I32X16]))
-            t.store(t.b.call(function, [t.get(total)]), t.at(sums, t.b.mul(group, I64(4))))
+            t.store(t.first(t.across(t.b.add, t.get(total))), t.at(sums, t.b.mul(group, I64(4))))
 
     return tile(emit, "i" * 6)
 
 
-def softmax_tile() -> Any:
-    """One row's share of a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over some more scores.
+def softmax_tile(vectors: int, partly: bool) -> Any:
+    """One row's share of a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over 16 * `vectors` scores.
 
-    Scores become weights e^(score - largest so far), 0 outside of first .. last - 1, and what was summed up before is
-    scaled to the new largest. Arguments: scores, how many registers, first, last, the address of three float32 (the
-    largest so far, the sum so far, and where the factor for earlier sums goes).
+    Scores become weights e^(score - largest so far), and what was summed up before is scaled to the new largest; of a
+    row that sees them only `partly`, those outside of first .. last - 1 become 0. Arguments: scores, first, last, the
+    address of three float32 (the largest so far, the sum so far, and where the factor for earlier sums goes).
     """
 
     def emit(t: Tile, given: list[Value]) -> None:
-        scores, vectors, first, last, state = given
-        lanes = ir.Constant(I32X16, list(range(LANES)))
-        first_16, last_16 = (t.splat(t.b.trunc(value, I32)) for value in (first, last))
+        scores, first, last, state = given
+        at = [t.at(scores, 4 * LANES * vector) for vector in range(vectors)]
+        found = [t.load(address, F32X16) for address in at]
+        seen: list[Value] = []
+        if partly:
+            first_16, last_16 = (t.splat(t.b.trunc(value, I32)) for value in (first, last))
+            for vector in range(vectors):
+                place = ir.Constant(I32X16, list(range(LANES * vector, LANES * (vector + 1))))
+                seen.append(t.b.and_(t.b.icmp_signed(">=", place, first_16), t.b.icmp_signed("<", place, last_16)))
+            found = [t.b.select(mask, score, t.constant(_LOWEST)) for mask, score in zip(seen, found, strict=True)]
+        before = t.broadcast(state, F32)
+        largest = before
+        for score in found:
+            largest = t.maximum(score, largest)
+        top = t.across(t.maximum, largest)
+        total = t.constant(0.0)
+        for vector, score in enumerate(found):
+            weight = t.exp(t.b.fsub(score, top))
+            if partly:
+                weight = t.b.select(seen[vector], weight, t.constant(0.0))
+            t.store(weight, at[vector])
+            total = t.b.fadd(total, weight)
+        factor = t.exp(t.b.fsub(before, top))
+        sum_so_far = t.fma(t.broadcast(t.at(state, 4), F32), factor, t.across(t.b.fadd, total))
+        for place, value in ((0, top), (4, sum_so_far), (8, factor)):
+            t.store(t.first(value), t.at(state, place))
 
-        def seen(vector: Value) -> Value:
-            place = t.b.add(lanes, t.splat(t.b.mul(t.b.trunc(vector, I32), I32(LANES))))
-            return t.b.and_(t.b.icmp_signed(">=", place, first_16), t.b.icmp_signed("<", place, last_16))
-
-        largest = t.variable(t.broadcast(state, F32))
-        with t.loop(vectors) as vector:
-            score = t.load(t.at(scores, t.b.mul(vector, I64(4 * LANES))), F32X16)
-            score = t.b.select(seen(vector), score, t.constant(_LOWEST))
-            t.put(t.maximum(score, t.get(largest)), largest)
-        top = t.splat(t.reduce("fmax", t.get(largest)))
-        total = t.variable(t.constant(0.0))
-        with t.loop(vectors) as vector:
-            address = t.at(scores, t.b.mul(vector, I64(4 * LANES)))
-            weight = t.exp(t.b.fsub(t.load(address, F32X16), top))
-            weight = t.b.select(seen(vector), weight, t.constant(0.0))
-            t.store(weight, address)
-            t.put(t.b.fadd(t.get(total), weight), total)
-        factor = t.exp(t.b.fsub(t.broadcast(state, F32), top))
-        before = t.broadcast(t.at(state, 4), F32)
-        added = t.splat(t.reduce("fadd", t.get(total), F32(0.0)))
-        for place, value in ((0, top), (4, t.fma(before, factor, added)), (8, factor)):
-            t.store(t.b.extract_element(value, I32(0)), t.at(state, place))
-
-    return tile(emit, "i" * 5)
+    return tile(emit, "i" * 4)
 
 
 def activation_tile(name: str, gated: bool) -> Any:
