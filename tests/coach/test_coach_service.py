@@ -122,12 +122,12 @@ def test_two_learners_do_not_see_each_other(coach: CoachService) -> None:
     assert coach.predictions(LAB, "two-bo")[0].verdict is None
     assert coach.attempts("two-bo")[0].state == "open"
     assert coach.attempts("me") == []
-    assert (coach.states("two-ada")["kv-cache"], coach.states("two-bo")["kv-cache"]) == ("seen", "new")
-    coach.review("kv-cache", 3, "two-ada")
-    coach.review("kv-cache", 1, "two-bo")
-    assert (coach.states("two-ada")["kv-cache"], coach.states("two-bo")["kv-cache"]) == ("solid", "seen")
-    coach.review("kv-cache", 2, "two-ada")
-    assert coach.states("two-ada")["kv-cache"] == "seen"
+    assert (coach.states("two-ada")["serving-latency"], coach.states("two-bo")["serving-latency"]) == ("seen", "new")
+    coach.review("serving-latency", 3, "two-ada")
+    coach.review("serving-latency", 1, "two-bo")
+    assert (coach.states("two-ada")["serving-latency"], coach.states("two-bo")["serving-latency"]) == ("solid", "seen")
+    coach.review("serving-latency", 2, "two-ada")
+    assert coach.states("two-ada")["serving-latency"] == "seen"
 
 
 def test_a_run_that_fails_is_recorded_and_keeps_the_predictions(
@@ -207,10 +207,12 @@ def test_the_routes(coach: CoachService) -> None:
     assert client.get(f"/api/coach/runs/{ran['run_id']}").json() == ran
     assert client.get(f"/api/coach/labs/{LAB}/predictions?learner=routes-ada").json()[0]["verdict"] == "close"
     assert (
-        client.post("/api/coach/questions/kv-cache/reviews", json={"rating": 4, "learner": "routes-ada"}).status_code
+        client.post(
+            "/api/coach/questions/serving-latency/reviews", json={"rating": 4, "learner": "routes-ada"}
+        ).status_code
         == 201
     )
-    assert client.get("/api/coach/states?learner=routes-ada").json()["kv-cache"] == "solid"
+    assert client.get("/api/coach/states?learner=routes-ada").json()["serving-latency"] == "solid"
     assert client.post(f"/api/coach/labs/{LAB}/runs", json={"phlogiston": 1}).status_code == 422
 
 
@@ -235,9 +237,10 @@ def test_the_commands(coach: CoachService, workspace: Workspace, tmp_path: Path)
         assert said(commands.coach_app, "show", "zero", "--hint", "1").count("\n") < said(
             commands.coach_app, "show", "zero"
         ).count("\n")
-        said(commands.coach_app, "review", "kv-cache", "4", "--learner", "ada")
+        said(commands.coach_app, "review", "serving-latency", "4", "--learner", "ada")
         progress = json.loads(said(commands.coach_app, "progress", "--learner", "ada", "--json"))
-        assert progress == {"new": 53, "seen": 0, "solid": 2}  # kv-cache, and serving-latency which only has the lab
+        # Solid is serving-latency, which has this lab alone; seen is kv-cache, which has another one too.
+        assert progress == {"new": 53, "seen": 1, "solid": 1}
         assert "Distributed training" in said(commands.map_app)
         assert len(json.loads(said(commands.map_app, "--json"))["bank"]) == 30
         said(commands.map_app, "--svg", str(tmp_path / "map.svg"))

@@ -20,8 +20,10 @@ from sihe.apps.coach.labs import (
     elastic,
     extrapolation,
     flash_tiles,
+    hot_swap,
     kl,
     kv_growth,
+    kv_layouts,
     kvcache,
     loader,
     lora,
@@ -71,6 +73,8 @@ MEASURES: dict[str, Measure] = {
     "spec.acceptance": acceptance.measure,
     "batch.dynamic": dynamic_batch.measure,
     "router.ab": ab_router.measure,
+    "kv.layouts": kv_layouts.measure,
+    "serve.hot_swap": hot_swap.measure,
 }
 LAB_IDS: tuple[str, ...] = tuple(MEASURES)
 
