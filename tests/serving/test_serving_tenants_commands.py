@@ -83,3 +83,9 @@ def test_mistakes_are_errors_of_the_house(store: TenantStore) -> None:
     for words in (("create", "k", "--limit", "fast"), ("usage", "--since", "yesterday"), ("usage", "--by", "hour")):
         assert CliRunner().invoke(app, words).exit_code == 2
     assert store.keys() == []
+
+
+@pytest.mark.parametrize("days", ["nan", "1e12", "inf", "0"])
+def test_a_key_ends_at_some_time_or_never(store: TenantStore, days: str) -> None:
+    result = CliRunner().invoke(app, ("create", "k", "--days", days))
+    assert (result.exit_code, store.keys()) == (2, [])

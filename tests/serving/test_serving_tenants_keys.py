@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -338,3 +339,50 @@ def test_when_keys_were_used_is_told_once(store: TenantStore, clock: FakeClock) 
     store.touch(used)
     assert store.keys()[0].last_used_at == clock.now()
     assert store.revision() == before
+
+
+def test_who_finds_the_records_being_read_goes_on_with_what_is_known(store: TenantStore, clock: FakeClock) -> None:
+    made, secret = store.create_key("k")
+    reading, go = threading.Event(), threading.Event()
+    hangs = [False]
+
+    def opened() -> TenantStore:
+        if hangs[0]:
+            reading.set()
+            assert go.wait(30)
+        return store
+
+    directory = Directory(opened, configured=(), require_key=False, clock=clock)
+    directory.caller(secret.text)
+    hangs[0] = True
+    clock.advance(STALE_AFTER_S)
+    reader = threading.Thread(target=directory.refresh)
+    reader.start()
+    assert reading.wait(30)
+    assert directory.caller(secret.text).key_id == made.id  # at once, while the database hangs
+    go.set()
+    reader.join()
+
+
+def test_an_event_loop_looks_at_what_is_known_and_never_reads(store: TenantStore, clock: FakeClock) -> None:
+    made, secret = store.create_key("k")
+    directory = directory_of(store, clock)
+    directory.refresh()
+    clock.advance(3600)  # it has become old between the look and this
+    statements: list[str] = []
+    event.listen(store._records.engine, "before_cursor_execute", lambda *said: statements.append(str(said[2])))
+    assert directory.known(secret.text, "", trust_short_keys=True).key_id == made.id
+    assert statements == []
+
+
+def test_an_outage_that_many_are_told_of_keeps_nothing_of_them(clock: FakeClock) -> None:
+    def gone() -> TenantStore:
+        raise Unreachable("the records", "gone")
+
+    directory = Directory(gone, configured=(), require_key=False, clock=clock)
+    depths = []
+    for _ in range(20):
+        with pytest.raises(Unreachable) as caught:
+            directory.refresh()
+        depths.append(len(list(traceback.walk_tb(caught.value.__traceback__))))
+    assert depths[-1] <= depths[1] + 1

@@ -417,3 +417,16 @@ def test_memory_of_failures_is_bounded() -> None:
     for number in range(MAX_ADDRESSES + 500):
         brakes.failed(f"host {number}")
     assert len(brakes._levels) == MAX_ADDRESSES
+
+
+# ---- what is remembered ----------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_which_nothing_runs_is_forgotten() -> None:
+    counter = LocalCounter(FakeClock())
+    for number in range(100):
+        demand = Demand("t", (), (Slots(f"key:{number}", 1),))
+        granted, refused = counter.take(demand), counter.take(demand)
+        assert (granted.is_granted, granted.running, refused.is_granted, refused.running) == (True, (1,), False, (1,))
+        counter.settle(demand, "", {})
+    assert counter._running == {}

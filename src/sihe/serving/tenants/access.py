@@ -78,13 +78,14 @@ class Access:
 
         Raises `Unauthorized` for no key or a wrong one, and `RateLimited` where wrong ones came too often.
         """
+        self._directory.refresh()
+        return self._known(headers, address, sessions=sessions)
+
+    def _known(self, headers: Mapping[str, str], address: str, *, sessions: bool) -> Caller:
         token, session = bearer(headers), session_of_cookie(headers) if sessions else ""
         wait_s = self._brakes.wait_s(address)
         try:
-            if session and not token and not self._directory.is_open:
-                caller = self._directory.caller_of_session(session, trust_short_keys=wait_s == 0)
-            else:
-                caller = self._directory.caller(token, trust_short_keys=wait_s == 0)
+            caller = self._directory.known(token, session, trust_short_keys=wait_s == 0)
         except Unauthorized:
             self._metrics.denied("throttled" if wait_s else "wrong" if token or session else "none")
             if not token and not session:
@@ -105,7 +106,7 @@ class Access:
             from starlette.concurrency import run_in_threadpool
 
             await run_in_threadpool(self._directory.refresh)
-        return self.identify(headers, address, sessions=sessions)
+        return self._known(headers, address, sessions=sessions)
 
     def is_open(self) -> bool:
         """Whether nobody needs a key."""

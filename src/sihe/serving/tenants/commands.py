@@ -26,6 +26,7 @@ _Limit = Annotated[
         help="requests_per_min, tokens_per_min, tokens_per_day, tokens_per_month or concurrency.",
     ),
 ]
+_MAX_DAYS = 36_500.0
 _Id = Annotated[str, typer.Argument(help="The key's id: the part of it between the underscores.")]
 
 
@@ -36,7 +37,9 @@ def create(
     right: Annotated[list[str] | None, typer.Option(help="infer (default), observe, deploy or admin.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A deployment that it may ask; by default all.")] = None,
     limit: _Limit = None,
-    days: Annotated[float | None, typer.Option(min=0.001, help="How long it works; by default for ever.")] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0.001, max=_MAX_DAYS, help="How long it works; by default for ever.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Make a key. It is printed once and cannot be read again."""
@@ -49,7 +52,7 @@ def create(
             rights=parse_rights(right or ["infer"]),
             deployments=frozenset(model) if model else None,
             limits=_limits(limit),
-            expires_at=workspace.clock.now() + timedelta(days=days) if days is not None else None,
+            expires_at=_end(workspace.clock.now(), days),
         )
     _show_once(made, secret, as_json=as_json)
 
@@ -199,6 +202,14 @@ def _cells(key: ApiKey, now: datetime) -> list[str]:
 
 def _text(limits: dict[str, int]) -> str:
     return " ".join(f"{name}={value}" for name, value in limits.items())
+
+
+def _end(now: datetime, days: float | None) -> datetime | None:
+    if days is None:
+        return None
+    if not days <= _MAX_DAYS:  # NaN, which lies in every range for click
+        raise typer.BadParameter(f"--days takes 0.001 to {_MAX_DAYS:.0f}, got {days!r}")
+    return now + timedelta(days=days)
 
 
 def _day(text: str | None) -> date | None:

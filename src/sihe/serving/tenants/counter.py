@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 
 from sihe.core.clock import Clock
 from sihe.serving.tenants.bucket import Level, amount_at, taken
@@ -17,14 +16,14 @@ class LocalCounter:
         self._clock = clock
         self._lock = threading.Lock()
         self._levels: dict[str, Level] = {}
-        self._running: defaultdict[str, int] = defaultdict(int)
+        self._running: dict[str, int] = {}
 
     def take(self, demand: Demand) -> Decision:
         """Takes everything that is demanded, or nothing."""
         now_s = self._clock.monotonic_s()
         with self._lock:
             present = [amount_at(meter.rate, self._levels.get(meter.name), now_s) for meter in demand.meters]
-            running = [self._running[slots.name] for slots in demand.slots]
+            running = [self._running.get(slots.name, 0) for slots in demand.slots]
             granted = all(there >= meter.amount for there, meter in zip(present, demand.meters, strict=True)) and all(
                 busy < slots.limit for busy, slots in zip(running, demand.slots, strict=True)
             )
@@ -32,7 +31,7 @@ class LocalCounter:
                 for meter in demand.meters:
                     self._levels[meter.name] = taken(meter.rate, self._levels.get(meter.name), meter.amount, now_s)
                 for slots in demand.slots:
-                    self._running[slots.name] += 1
+                    self._running[slots.name] = self._running.get(slots.name, 0) + 1
                 present = [self._levels[meter.name].amount for meter in demand.meters]
                 running = [busy + 1 for busy in running]
         return Decision(granted, tuple(present), tuple(running), "")
@@ -42,7 +41,9 @@ class LocalCounter:
         now_s = self._clock.monotonic_s()
         with self._lock:
             for slots in demand.slots:
-                self._running[slots.name] -= 1
+                left = self._running.pop(slots.name) - 1
+                if left:  # a name of which nothing runs is forgotten: keys come and go
+                    self._running[slots.name] = left
             for meter in demand.meters:
                 if refund := refunds.get(meter.name):
                     self._levels[meter.name] = taken(meter.rate, self._levels.get(meter.name), -refund, now_s)

@@ -1,4 +1,4 @@
-"""Who a token belongs to, from memory, and never from a memory that is older than a second.
+"""Who a token belongs to, from memory, which is never older than a second while the records answer.
 
 One row of the records holds a number that every change of a key or a tenant raises. A directory reads that number at
 most twice a second and everything else only when it has grown, so that asking costs a hash and a look-up, a token that
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from sihe.core.clock import Clock
-from sihe.core.errors import SiheError, Unauthorized
+from sihe.core.errors import SiheError, Unauthorized, Unreachable
 from sihe.core.telemetry import logger
 from sihe.serving.tenants.secret import MAX_TOKEN_CHARACTERS, digest, public_id, session_of
 from sihe.serving.tenants.store import StoredKey, TenantStore
@@ -22,6 +22,7 @@ from sihe.serving.tenants.types import ANYBODY, DEFAULT_TENANT, Caller, Right, T
 
 STALE_AFTER_S = 0.5
 _GRACE_S = 30.0  # how long the last known keys go on to work while the records do not answer
+_PATIENCE_S = 5.0  # after it, how long a request waits for records that another one asks already
 _NOBODY = digest("")  # compared where there is no such key, so that the time tells nothing
 _NEEDED = "a valid key is needed: send it as  Authorization: Bearer …"
 
@@ -80,12 +81,24 @@ class Directory:
         return seen is not None and self._clock.monotonic_s() - seen.at_s < STALE_AFTER_S
 
     def refresh(self, *, now: bool = False) -> None:
-        """Reads what has changed, if it is time or `now`. Raises what the records raise, once they failed for long."""
+        """Reads what has changed, if it is time or `now`. Raises what the records raise, once they failed for long.
+
+        One thread reads. The others do not wait for it as long as what is known may go on to count: a database that
+        hangs would take them all.
+        """
         if self.is_fresh and not now:
             return
-        with self._reading:  # one reads; who waited finds it done
+        seen = self._seen
+        is_usable = not now and seen is not None and self._clock.monotonic_s() - seen.answered_s <= _GRACE_S
+        if not (self._reading.acquire(blocking=False) if is_usable else self._reading.acquire(timeout=_PATIENCE_S)):
+            if is_usable:
+                return
+            raise Unreachable("the records database", f"nothing came for {_PATIENCE_S:.0f} s")
+        try:
             if not self.is_fresh or now:
                 self._read()
+        finally:
+            self._reading.release()
 
     @property
     def is_open(self) -> bool:
@@ -94,7 +107,7 @@ class Directory:
         A key that was disabled counts: taking the last one away must not open the door.
         """
         self.refresh()
-        return not (self._require_key or self._configured or self._view.keys)
+        return self._is_open()
 
     def caller(self, token: str, *, trust_short_keys: bool = True) -> Caller:
         """Who sends `token`: anybody, where no key is asked for. Raises `Unauthorized`, which does not tell why.
@@ -103,14 +116,20 @@ class Directory:
         do not count.
         """
         self.refresh()
-        if self.is_open:
-            return ANYBODY
-        return self._caller(token, session=False, trust_short_keys=trust_short_keys)
+        return self.known(token, "", trust_short_keys=trust_short_keys)
 
     def caller_of_session(self, session: str, *, trust_short_keys: bool = True) -> Caller:
         """Who holds a session that `session_of` a key made and `open_session` wrote. Raises `Unauthorized`."""
         self.refresh()
-        return self._caller(session, session=True, trust_short_keys=trust_short_keys)
+        return self.known("", session, trust_short_keys=trust_short_keys)
+
+    def known(self, token: str, session: str, *, trust_short_keys: bool) -> Caller:
+        """Who sends `token`, or, without one, holds `session`: from memory alone, for an event loop, which must not
+        wait for the records. `refresh` comes before it. Raises `Unauthorized`."""
+        if self._is_open():
+            return ANYBODY
+        is_session = bool(session) and not token
+        return self._caller(session if is_session else token, session=is_session, trust_short_keys=trust_short_keys)
 
     def open_session(self, token: str) -> str:
         """What a browser shall keep for a good token: its public id, if it has one, and the proof of the key."""
@@ -126,6 +145,9 @@ class Directory:
             return used
 
     # ---- looking up -------------------------------------------------------------------------------------------------
+
+    def _is_open(self) -> bool:
+        return not (self._require_key or self._configured or self._view.keys)
 
     def _caller(self, shown: str, *, session: bool, trust_short_keys: bool) -> Caller:
         if len(shown) > MAX_TOKEN_CHARACTERS:
@@ -169,7 +191,8 @@ class Directory:
     def _read(self) -> None:
         seen, now_s = self._seen, self._clock.monotonic_s()
         if self._failure is not None and now_s - self._failure[0] < STALE_AFTER_S:
-            raise self._failure[1]  # who waits in line for a database that is away need not each try it
+            # Who waits in line for a database that is away need not each try it. (A traceback would grow with each.)
+            raise self._failure[1].with_traceback(None)
         try:
             store = self._store()
             if seen is not None and store.revision() == seen.view.revision:

@@ -116,7 +116,7 @@ class Ledger:
         try:
             self.flush()
             self._touch(self._take_used())
-        except SiheError as error:
+        except Exception as error:  # noqa: BLE001 - it may be an engine's thread that ends a request after `close`
             with self._changed:
                 lost = sum(tally.tokens for tally in self._pending.values())
             self._log.error("usage_lost", tokens=lost, error=repr(error))
