@@ -123,3 +123,19 @@ def test_a_slow_disk_fills_the_buffer_and_delays_nobody(tmp_path: Path, monkeypa
     assert len(read(tmp_path / "lake", limit=None)) == 11
     log.offer(entry(99))
     assert fates[-1] == ("dropped", 1)  # after the end
+
+
+def test_long_texts_are_written_before_the_buffer_is_full(tmp_path: Path) -> None:
+    fates: list[tuple[str, int]] = []
+    written = threading.Event()
+
+    def note(fate: str, number: int) -> None:
+        fates.append((fate, number))
+        written.set()
+
+    log = RequestLog(tmp_path / "lake", on_fate=note, every_s=3600)
+    for number in range(33):
+        log.offer(entry(number, prompt="x" * 2**20))
+    assert written.wait(30)
+    log.close()
+    assert ({fate for fate, _ in fates}, sum(number for _, number in fates)) == ({"written"}, 33)

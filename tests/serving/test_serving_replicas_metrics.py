@@ -34,3 +34,12 @@ def test_gauges_are_sums_until_the_last_replica_is_gone() -> None:
     one.on_close()
     two.on_close()
     assert seen() == [None, None, None]
+
+
+def test_nothing_is_kept_of_versions_that_have_gone() -> None:
+    metrics = ServingMetrics.on(CollectorRegistry())
+    for version in range(1, 50):
+        replica = ReplicaMetrics(metrics, "chat", version)
+        replica.on_step(step(1, 0, 10))
+        replica.on_close()
+    assert metrics.loads == {}

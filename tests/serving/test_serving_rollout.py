@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -195,6 +196,13 @@ def test_a_plan_survives_the_records() -> None:
         {"gates": {"alpha": 1}},
         {"speed": 3},
         {"ready_s": -1},
+        {"steps": [{"weight": 0.1, "min_s": math.nan}]},
+        {"steps": [{"weight": 0.1, "min_s": math.inf}]},
+        {"steps": [{"weight": 0.1, "min_requests": math.nan}]},
+        {"steps": [{"weight": 0.1, "min_requests": 1.5}]},
+        {"steps": [{"weight": 0.1, "min_requests": True}]},
+        {"ready_s": math.nan},
+        {"patience_s": math.inf},
     ],
 )
 def test_wrong_plans_are_refused(values: dict[str, object]) -> None:

@@ -91,6 +91,7 @@ class ReplicaMetrics:
             if stats is not None:
                 loads[id(self)] = stats
             if not loads:
+                del metrics.loads[self._labels]  # versions come and go for as long as the process runs
                 for gauge in gauges:
                     gauge.remove(*self._labels)
                 return

@@ -14,6 +14,7 @@ ERROR, LATENCY, TTFT, TPOT, TOKENS = "error", "latency_s", "ttft_s", "tpot_s", "
 BUILT_IN = (ERROR, LATENCY, TTFT, TPOT, TOKENS)
 LOWER_IS_BETTER = frozenset({ERROR, LATENCY, TTFT, TPOT})
 MAX_METRICS = 24  # of feedback; a client names them, and each costs memory
+MAX_VALUE = 1e9  # of feedback: the squares of a million of them are still far from what a float holds
 _TIMES = (LATENCY, TTFT, TPOT)
 
 
@@ -48,16 +49,23 @@ class ArmStats:
                 self.metrics[name].add(value, cluster)
                 self.times[name].add(value)
 
+    def check(self, values: Mapping[str, float]) -> None:
+        """Raises `InvalidInput` for feedback that `add` could not take in."""
+        for metric, value in values.items():
+            check_name("metric", metric)
+            if metric in BUILT_IN:
+                raise InvalidInput(f"{metric!r} is measured here and cannot come as feedback: choose another name")
+            if not abs(value) <= MAX_VALUE:  # NaN neither
+                raise InvalidInput(
+                    f"the value of {metric!r} must be a finite number of at most {MAX_VALUE:g}, got {value!r}"
+                )
+        new = [metric for metric in values if metric not in self.metrics]
+        if len(self.metrics) + len(new) > len(BUILT_IN) + MAX_METRICS:
+            raise InvalidInput(f"a deployment has at most {MAX_METRICS} metrics of feedback, and {new[0]!r} is new")
+
     def add(self, metric: str, value: float, cluster: int) -> None:
-        """Takes in a value of feedback. Raises `InvalidInput`."""
-        check_name("metric", metric)
-        if metric in BUILT_IN:
-            raise InvalidInput(f"{metric!r} is measured here and cannot come as feedback: choose another name")
-        if metric not in self.metrics:
-            if len(self.metrics) >= len(BUILT_IN) + MAX_METRICS:
-                raise InvalidInput(f"a deployment has at most {MAX_METRICS} metrics of feedback, and {metric!r} is new")
-            self.metrics[metric] = Moments()
-        self.metrics[metric].add(value, cluster)
+        """Takes in a value of feedback that was checked."""
+        self.metrics.setdefault(metric, Moments()).add(value, cluster)
 
     def metric(self, name: str) -> Moments:
         """The moments of a metric; empty where it has no values."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sihe.core.errors import AlreadyExists, InvalidInput, NotFound
+from sihe.core.errors import AlreadyExists, NotFound
 from sihe.serving.gateway.traffic import significance
 from sihe.serving.gateway.traffic.arm_stats import ERROR, LATENCY, LOWER_IS_BETTER, TOKENS, TTFT, ArmStats
 from sihe.serving.gateway.traffic.assignment import draw
@@ -92,7 +92,7 @@ class _Ended:
 
     arm: str
     cluster: int
-    given: set[str]
+    given: tuple[str, ...] = ()
 
 
 class Experiment:
@@ -115,7 +115,7 @@ class Experiment:
         place = draw(key, salt=self.deployment, name="cluster")
         cluster = int(place * CLUSTERS)
         with self._lock:
-            self._recent[request_id] = _Ended(arm, cluster, set())
+            self._recent[request_id] = _Ended(arm, cluster)
             if len(self._recent) > MAX_RECENT:
                 self._recent.popitem(last=False)
         return cluster
@@ -136,9 +136,6 @@ class Experiment:
 
         Raises `NotFound` for a request of another period or too long ago, `AlreadyExists`, `InvalidInput`.
         """
-        for metric, value in values.items():
-            if not math.isfinite(value):
-                raise InvalidInput(f"the value of {metric!r} must be a finite number, got {value!r}")
         with self._lock:
             ended = self._recent.get(request_id)
             if ended is None:
@@ -152,9 +149,11 @@ class Experiment:
                     raise AlreadyExists(
                         "feedback", f"{request_id.rpartition('/')[2]} {metric}", hint="each answer is judged once"
                     )
+            arm = self._arms[ended.arm]
+            arm.check(values)  # first: of what comes together all is taken, or nothing
             for metric, value in values.items():
-                self._arms[ended.arm].add(metric, value, ended.cluster)
-                ended.given.add(metric)
+                arm.add(metric, value, ended.cluster)
+            ended.given = (*ended.given, *values)
             self.changes += 1
             return ended.arm
 

@@ -132,7 +132,7 @@ class RequestLog:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
                     self._thread.start()
-                if len(self._buffer) >= _BATCH:
+                if self._is_due():
                     self._changed.notify_all()
                 return
         self._on_fate("dropped", 1)
@@ -172,7 +172,8 @@ class RequestLog:
                     return
 
     def _is_due(self) -> bool:
-        return self._closing or self._flushes > 0 or len(self._buffer) >= _BATCH
+        is_large = len(self._buffer) >= _BATCH or self._characters >= _MAX_BUFFERED_CHARACTERS // 2
+        return self._closing or self._flushes > 0 or is_large
 
     def _write(self, batch: list[LogEntry]) -> None:
         try:

@@ -52,7 +52,8 @@ class Step:
         check_share("weight", self.weight)
         if self.weight == 1:
             raise InvalidInput("a step's weight is below 1: without stable requests there is nothing to compare with")
-        if self.min_requests < 1 or self.min_s < 0:
+        is_whole = isinstance(self.min_requests, int) and not isinstance(self.min_requests, bool)
+        if not (is_whole and self.min_requests >= 1 and 0 <= self.min_s < math.inf):
             raise InvalidInput(
                 f"a step needs at least 1 request and 0 seconds, got {self.min_requests!r} and {self.min_s!r}"
             )
@@ -107,7 +108,7 @@ class Plan:
         weights = [step.weight for step in self.steps]
         if sorted(set(weights)) != weights:
             raise InvalidInput(f"a rollout's weights must grow, got {', '.join(f'{weight:g}' for weight in weights)}")
-        if self.ready_s < 0 or self.patience_s < 0:
+        if not (0 <= self.ready_s < math.inf and 0 <= self.patience_s < math.inf):
             raise InvalidInput(f"ready_s and patience_s must be 0 or more, got {self.ready_s!r}, {self.patience_s!r}")
 
     def to_mapping(self) -> dict[str, Any]:

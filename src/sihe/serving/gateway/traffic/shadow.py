@@ -90,7 +90,6 @@ class ShadowRunner:
         self._changed = threading.Condition()
         self._waiting: deque[_Copy] = deque()
         self._running: GenerationStream | None = None
-        self._yielded = False
         self._closing = False
         self._fates: dict[Fate, int] = {"compared": 0, "failed": 0, "yielded": 0, "dropped": 0}
         self._same = 0
@@ -143,8 +142,10 @@ class ShadowRunner:
         """A caller comes: what runs here makes room."""
         running = self._running
         if running is not None and self.shadow.only_idle:
-            self._yielded = True
-            running.close()
+            try:
+                running.close()
+            except Exception as error:  # noqa: BLE001 - on a caller's thread
+                self._log.warning("shadow_not_stopped", error=repr(error))
 
     def _wake(self) -> None:
         with self._changed:
@@ -175,7 +176,6 @@ class ShadowRunner:
 
     def _compare(self, copy: _Copy) -> None:
         outcomes: list[Outcome] = []
-        self._yielded = False
         started_s = self._clock.monotonic_s()
         with self._start(copy.request) as stream:
             self._running = stream
