@@ -12,7 +12,7 @@ from sihe.console.pages.deployments import MEASURES, curves_of
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
-from sihe.serving.gateway.traffic.types import Caller
+from sihe.serving.gateway.traffic.types import Sender
 from support.debian import wait_until
 
 PAGE = "/models/deployments/chat"
@@ -43,7 +43,7 @@ def test_the_page_shows_what_is(client: TestClient, gateway: Gateway, language: 
     assert post(client, "shadow", target="tiny@2", share="10") == 303
     wait_until(lambda: len([arm for arm in gateway.status("chat").arms if arm.version]) == 4, "the arms")
     for number in range(6):
-        gateway.generate("chat", GenerationRequest(prompt="the", max_tokens=2), Caller(f"r{number}")).result(30)
+        gateway.generate("chat", GenerationRequest(prompt="the", max_tokens=2), Sender(f"r{number}")).result(30)
     page = client.get(PAGE, headers={"accept-language": language}).text
     for text in ("canary", "tiny@2", "shadow", "40.0", "rollout/promote", "rollout/pause"):
         assert text in page

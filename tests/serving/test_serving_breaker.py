@@ -55,6 +55,28 @@ def test_a_probe_of_which_nothing_is_heard_does_not_lock_it_for_good() -> None:
     assert breaker.allows(32.0)
 
 
+def test_answers_from_before_it_opened_neither_close_it_nor_make_it_wait_longer() -> None:
+    breaker = Breaker()
+    for _ in range(5):
+        breaker.failed(0.0)
+    breaker.succeeded()
+    assert breaker.state(0.5) == "open", "of many at once some succeed also where most fail"
+    breaker.failed(1.5)
+    assert breaker.allows(1.5)
+    breaker.sent(1.5)
+    breaker.succeeded()
+    assert breaker.state(1.5) == "closed"
+
+
+def test_a_probe_that_was_not_taken_leaves_its_turn_to_the_next() -> None:
+    breaker = Breaker()
+    for _ in range(5):
+        breaker.failed(0.0)
+    breaker.sent(1.0)
+    breaker.withdrawn()
+    assert breaker.allows(1.1)
+
+
 @given(st.lists(st.sampled_from(["ok", "bad", "wait"]), max_size=200))
 def test_it_can_always_close_again(events: list[str]) -> None:
     breaker, now_s = Breaker(), 0.0

@@ -247,8 +247,9 @@ def test_gauges_of_a_version_that_is_gone_are_gone(gateway: Gateway, registry: C
     labels = {"deployment": "brief", "version": "2"}
     assert registry.get_sample_value("sihe_serving_running", labels) == 0
     gateway.remove("brief")
-    for thread in gateway._closing:
-        thread.join(30)
+    for closing in gateway._closing:
+        closing.thread.join(30)
+
     assert registry.get_sample_value("sihe_serving_running", labels) is None
 
 

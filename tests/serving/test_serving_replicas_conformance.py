@@ -205,9 +205,11 @@ def test_engine_settings_are_refused_and_a_command_that_ends_says_what_it_said(g
         )
     with pytest.raises(ConfigError, match=r"backend\.command"):
         load_behind(gateway.workspace, version(), SETTINGS, backend, Observer())
-    absent = OpenAiBackend(command="/absent/server {port}")
-    with pytest.raises(ConfigError, match="cannot be run"):
-        load_behind(gateway.workspace, gateway.workspace.tracking.resolve("tiny@1"), EngineConfig(), absent, Observer())
+    for command in ("/absent/server {port}", "/bin/ec\0ho {port}"):
+        wrong = OpenAiBackend(command=command)
+        found = gateway.workspace.tracking.resolve("tiny@1")
+        with pytest.raises(ConfigError, match="cannot be run"):
+            load_behind(gateway.workspace, found, EngineConfig(), wrong, Observer())
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import DeadlineExceeded, EngineDead, NoMemory, NotReady, QueueFull
-from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig, ScalingConfig
-from sihe.serving.gateway.route import Route
+from sihe.serving.errors import DeadlineExceeded, EngineDead, NoMemory, NoRoom, NotReady, QueueFull, ReplicaLost
+from sihe.serving.gateway.replicas.config import Backend, LocalBackend, ReplicaConfig, ScalingConfig
+from sihe.serving.gateway.route import Route, _failure, _Wish
 from sihe.serving.gateway.types import Deployment, DeploymentState
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -248,6 +248,30 @@ def test_to_zero_and_back(house: House) -> None:
     assert len(house.loaded) == 2
 
 
+def test_models_that_do_not_generate_wake_too(house: House) -> None:
+    route = house.route(ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY))
+    until(route, lambda: not route.replicas())
+    assert route.call(lambda served: served.name) == "tiny@1"  # type: ignore[attr-defined]
+    assert len(house.loaded) == 2
+
+
+def test_who_waits_with_a_thread_waits_within_bounds(house: House) -> None:
+    route = house.route(ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY, wait_s=0.2))
+    until(route, lambda: not route.replicas())
+    house.room = 0
+    with pytest.raises(NotReady, match="on their way"):
+        route.call(lambda served: served)
+    assert route._requests.num_waiting == 0
+
+
+def test_who_waits_with_a_thread_is_told_when_it_is_in_vain(house: House, tmp_path: Path) -> None:
+    route = house.route(ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY))
+    until(route, lambda: not route.replicas())
+    house.folders[1] = tmp_path / "gone"
+    with pytest.raises(NotReady, match="gone"):
+        route.call(lambda served: served)
+
+
 def test_who_waits_for_a_replica_waits_within_bounds(house: House) -> None:
     limits = ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY, wait_s=0.2, max_waiting=2)
     route = house.route(limits)
@@ -280,6 +304,32 @@ def test_a_load_brings_more_replicas_up_to_the_most(house: House, monkeypatch: p
     for stream in streams:
         stream.result(30)
     until(route, lambda: len(route.replicas()) == 1)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_close_with_no_time_left_does_not_wait_for_a_model_that_loads(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, go = threading.Event(), threading.Event()
+    load = house._load
+
+    def held(*args: object) -> Engine:
+        engine = load(*args)  # type: ignore[arg-type]
+        loading.set()
+        assert go.wait(30)
+        return engine
+
+    monkeypatch.setattr(house, "_load", held)
+    route = Route(house.wish(ReplicaConfig()), house._load, clock=SystemClock())
+    route.aim(house.wish(ReplicaConfig()), house.version(1))
+    assert loading.wait(30)
+    route.close(timeout_s=0.0)
+    assert house.engines[0].is_alive
+    go.set()
+    house.engines[0]._thread.join(30)
+    assert not house.engines[0].is_alive, "it is freed when it is there"
 
 
 # ---- replacement ----------------------------------------------------------------------------------------------------
@@ -320,3 +370,14 @@ def test_without_room_at_the_minimum_it_is_refused_and_the_old_ones_serve(house:
     assert (status.state, status.version, status.wanted) == (DeploymentState.READY, 1, 2)
     assert "needs" in str(status.error)
     assert route.generate(ASK).result(30).usage.completion_tokens == 3
+
+
+def test_waiting_for_room_does_not_make_another_failure_wait_longer(house: House) -> None:
+    wish = _Wish(house.version(1), SETTINGS, LocalBackend())
+    failure, waits = None, []
+    errors = [NoRoom("it", needed="1 CPU", there="none")] * 6 + [ReplicaLost("it died while it loaded")] * 3
+    for error in errors:
+        failure = _failure(wish, error, failure, 100.0)
+        assert failure.retry_at_s is not None
+        waits.append(failure.retry_at_s - 100.0)
+    assert waits == [1, 2, 2, 2, 2, 2, 1, 2, 5]

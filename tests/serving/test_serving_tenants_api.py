@@ -398,6 +398,23 @@ def test_a_client_that_leaves_is_charged_what_was_made_for_it(door: Door, monkey
     assert int(headers["x-ratelimit-remaining-tokens"]) == 1000 - (10 + made) - 11
 
 
+def test_who_gives_up_by_a_limit_of_its_own_pays_for_its_prompt(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, go, forward = door.key(tokens_per_min=1000), threading.Event(), ModelRunner.forward
+
+    def held(self: ModelRunner, feeds: Sequence[Feed]) -> Tensor:
+        assert go.wait(30)
+        return forward(self, feeds)
+
+    monkeypatch.setattr(ModelRunner, "forward", held)
+    with pytest.raises(openai.InternalServerError):
+        door.client(key).completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=100, extra_headers={"x-sihe-timeout-ms": "50"}
+        )
+    go.set()
+    assert 'outcome="aborted",tenant="acme"} 1.0' in door.metrics()
+    assert complete(door.client(key), 1)["x-ratelimit-remaining-tokens"] == str(1000 - 10 - 11)
+
+
 def test_a_request_that_could_not_begin_costs_nothing(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     client = door.client(door.key(tokens_per_min=100, tokens_per_day=101, concurrency=1))
 
@@ -419,9 +436,11 @@ def test_the_engine_hears_whose_request_it_is(door: Door, monkeypatch: pytest.Mo
     heard: list[GenerationRequest] = []
     generate = Gateway.generate
 
-    def listening(self: Gateway, name: str, request: GenerationRequest, *rest: object) -> GenerationStream:
+    def listening(
+        self: Gateway, name: str, request: GenerationRequest, *rest: object, **named: object
+    ) -> GenerationStream:
         heard.append(request)
-        return generate(self, name, request, *rest)  # type: ignore[arg-type] # whatever else a gateway takes
+        return generate(self, name, request, *rest, **named)  # type: ignore[arg-type] # whatever else a gateway takes
 
     monkeypatch.setattr(Gateway, "generate", listening)
     door.store.put_tenant(Tenant("acme", priority=7, is_isolated=True))

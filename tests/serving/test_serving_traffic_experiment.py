@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -14,11 +15,13 @@ from sihe.core.errors import AlreadyExists, InvalidInput, NotFound
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationEvent, Usage
+from sihe.serving.errors import DeadlineExceeded
 from sihe.serving.gateway.traffic.arm_stats import MAX_METRICS
 from sihe.serving.gateway.traffic.assignment import ranking
 from sihe.serving.gateway.traffic.experiment import MAX_RECENT, Experiment, ExperimentReport, Split
+from sihe.serving.gateway.traffic.handover import Handover
 from sihe.serving.gateway.traffic.outcome import Observation, Outcome
-from sihe.serving.gateway.traffic.types import Arm, Caller, LogPolicy, Shadow, TrafficPolicy, sticky_key
+from sihe.serving.gateway.traffic.types import Arm, LogPolicy, Sender, Shadow, TrafficPolicy, sticky_key
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 SPLIT = Split({"stable": 0.5, "b": 0.5}, {"stable": 1, "b": 2})
@@ -224,7 +227,7 @@ def test_wrong_policies_are_refused(make: object) -> None:
 
 
 def test_by_what_a_sender_is_known() -> None:
-    known, nobody = Caller("r", "u1"), Caller("r")
+    known, nobody = Sender("r", "u1"), Sender("r")
     session, tenant, none = (TrafficPolicy(sticky=kind) for kind in ("session", "tenant", "none"))  # type: ignore[arg-type]
     assert (
         sticky_key(session, known, "acme") == sticky_key(tenant, known, "acme") != sticky_key(session, known, "other")
@@ -233,3 +236,74 @@ def test_by_what_a_sender_is_known() -> None:
     assert sticky_key(tenant, nobody, "acme") == "tenant:acme"
     assert sticky_key(tenant, nobody, "") is None
     assert sticky_key(none, known, "acme") is None
+
+
+# ---- what clients may send -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1e10, -1e300, float("inf"), float("nan")])
+def test_a_value_that_would_spoil_the_sums_is_refused(value: float) -> None:
+    period = experiment()
+    ask(period, 1)
+    with pytest.raises(InvalidInput, match="helpful"):
+        period.feedback("req-1", {"helpful": value})
+    period.feedback("req-1", {"helpful": 1e9})
+    json.dumps(period.to_mapping(), allow_nan=False)
+
+
+def test_of_feedback_that_comes_together_all_is_taken_or_nothing() -> None:
+    period = experiment()
+    arm = ask(period, 1)
+    for wrong in ({"helpful": 1.0, "latency_s": 2.0}, {"helpful": 1.0, "no good name": 1.0}):
+        with pytest.raises(InvalidInput):
+            period.feedback("req-1", wrong)
+    assert "helpful" not in period.stats(arm).metrics
+    assert period.feedback("req-1", {"helpful": 1.0, "kind": 0.5}) == arm
+    with pytest.raises(AlreadyExists):
+        period.feedback("req-1", {"kind": 0.5})
+
+
+def test_a_limit_that_a_client_set_itself_is_no_failure_of_the_arm() -> None:
+    outcomes = list[Outcome]()
+    for is_own in (True, False):
+        stream = GenerationStream(1, "tiny@1", abort=lambda _: None)
+        stream.watch(Observation(FakeClock(), 0.0, outcomes.append, keeps_text=False))
+        stream.fail(DeadlineExceeded(0.1, begun=False, is_own=is_own))
+    assert [found.ending for found in outcomes] == ["left", "failed"]
+
+
+# ---- an answer that changes its arm ----------------------------------------------------------------------------------
+
+
+def handed_over(error: Exception) -> tuple[GenerationStream, list[GenerationStream]]:
+    """The caller's stream when its arm has failed, and what was started instead."""
+    first, second = (GenerationStream(number, f"tiny@{number}", abort=lambda _: None) for number in (1, 2))
+    started: list[GenerationStream] = []
+    done = threading.Event()
+
+    def otherwise() -> GenerationStream:
+        started.append(second)
+        done.set()
+        return second
+
+    handover = Handover(first, otherwise)
+    first.watch(handover.hear)
+    first.fail(error)
+    if not isinstance(error, DeadlineExceeded):
+        assert done.wait(30)
+    return handover.answer, started
+
+
+def test_who_answers_is_known_when_the_first_token_comes() -> None:
+    answer, (second,) = handed_over(RuntimeError("an arm"))
+    second.served_by = "tiny@3"  # another replica took it meanwhile
+    second.deliver(GenerationEvent("a", (1,), Usage(3, 1), "stop"))
+    assert answer.result(30).text == "a"
+    assert answer.served_by == "tiny@3"
+
+
+def test_when_the_time_is_up_no_arm_gets_more_of_it() -> None:
+    answer, started = handed_over(DeadlineExceeded(1.0, begun=False))
+    with pytest.raises(DeadlineExceeded):
+        answer.result(30)
+    assert started == []

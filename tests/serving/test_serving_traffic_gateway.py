@@ -18,7 +18,7 @@ from sihe.serving.engine.types import Generation, GenerationRequest
 from sihe.serving.errors import NotReady
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
-from sihe.serving.gateway.traffic.types import Caller
+from sihe.serving.gateway.traffic.types import Sender
 from support.tiny_models import tiny_config, tiny_model
 
 POISON = 77  # a token on which the broken version computes NaN
@@ -30,7 +30,7 @@ def ask(
     gateway: Gateway, id: str, session: str | None = None, request: GenerationRequest = REQUEST
 ) -> tuple[str, str, Generation]:
     """The arm, the version and the answer of one request."""
-    stream = gateway.generate("tiny", request, Caller(id, session))
+    stream = gateway.generate("tiny", request, Sender(id, session))
     answer = stream.result(30)
     return stream.arm, stream.served_by, answer
 
@@ -244,7 +244,7 @@ def test_measurements_and_rollouts_go_on_after_a_restart(tmp_path: Path, gateway
             first.rollouts.start("again", "tiny@2", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
             until(first, lambda: len([arm for arm in first.status("again").arms if arm.version]) == 2)
             for number in range(30):
-                first.generate("again", REQUEST, Caller(f"r{number}")).result(30)
+                first.generate("again", REQUEST, Sender(f"r{number}")).result(30)
             before = first.traffic.experiment("again")
         second = Gateway(opened, poll_interval_s=60, registry=CollectorRegistry())
         with second:

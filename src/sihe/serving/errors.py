@@ -193,12 +193,16 @@ class ReplicaLost(TransientError):
 
 
 class DeadlineExceeded(TimedOut):
-    """A request was not answered within the time that it had."""
+    """A request was not answered within the time that it had: by its client's own limit (`is_own`), or by another."""
 
-    def __init__(self, limit_s: float, *, begun: bool) -> None:
+    def __init__(self, limit_s: float, *, begun: bool, is_own: bool = False) -> None:
         what = "the whole answer" if begun else "the first token"
-        super().__init__(f"{what} was not there within {limit_s:g} s: retry later, or ask for less")
+        advice = "allow more time" if is_own else "retry later"
+        super().__init__(f"{what} was not there within {round(max(0.0, limit_s), 3):g} s: {advice}, or ask for less")
         self.limit_s = limit_s
+        self.is_own = is_own
+        # OpenAI's clients send what ended with a 5xx again by themselves: who set the limit has given up.
+        self.headers = {"x-should-retry": "false"} if is_own else {}
 
 
 class Expired(TimedOut):

@@ -23,12 +23,13 @@ from sihe.core.telemetry import logger
 from sihe.serving.bodies import read_body, request_id
 from sihe.serving.choices import Choices
 from sihe.serving.chunks import DONE, Answer, Kind, error_chunk, total
+from sihe.serving.deadlines import Deadline, deadline_of
 from sihe.serving.engine.seeds import fork_seed
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import Generation, GenerationRequest, Usage
 from sihe.serving.errors import NotReady, StreamClosed
 from sihe.serving.gateway.gateway import Gateway
-from sihe.serving.gateway.traffic.types import Caller
+from sihe.serving.gateway.traffic.types import Sender
 from sihe.serving.guarded import guarded, judge_prompts
 from sihe.serving.ports import ContentGuard, GuardContext
 from sihe.serving.protocol import ChatRequest, CompletionRequest, error_body, parse
@@ -53,18 +54,25 @@ def add_generation(routes: APIRouter, gateway: Gateway, guard: ContentGuard | No
     @routes.post("/v1/completions", tags=["openai"], openapi_extra=_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Completes prompts."""
+        deadline = deadline_of(request.headers)
         body = parse(CompletionRequest, await read_body(request))
-        return await _generate(request, gateway, guard, body, "text_completion")
+        return await _generate(request, gateway, guard, body, "text_completion", deadline)
 
     @routes.post("/v1/chat/completions", tags=["openai"], openapi_extra=_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation."""
+        deadline = deadline_of(request.headers)
         body = parse(ChatRequest, await read_body(request))
-        return await _generate(request, gateway, guard, body, "chat.completion")
+        return await _generate(request, gateway, guard, body, "chat.completion", deadline)
 
 
 async def _generate(
-    request: Request, gateway: Gateway, guard: ContentGuard | None, body: _Body, kind: Kind
+    request: Request,
+    gateway: Gateway,
+    guard: ContentGuard | None,
+    body: _Body,
+    kind: Kind,
+    deadline: Deadline | None,
 ) -> Response:
     wanted = body.to_generations()
     context = GuardContext(caller_of(request).tenant.name, body.deployment)
@@ -73,7 +81,9 @@ async def _generate(
     began = False
     try:
         for tries_left in reversed(range(_VERSION_TRIES)):
-            admission, streams = await run_in_threadpool(_start, request, gateway, body, wanted, guard, context)
+            admission, streams = await run_in_threadpool(
+                _start, request, gateway, body, wanted, guard, context, deadline
+            )
             choices = Choices([guarded(stream, guard, context) for stream in streams])
             if watch is not None:
                 watch.cancel()
@@ -116,17 +126,20 @@ def _start(
     wanted: list[GenerationRequest],
     guard: ContentGuard | None,
     context: GuardContext,
+    deadline: Deadline | None,
 ) -> tuple[Admission, list[GenerationStream]]:
     """Begins every answer to every prompt, all or none; all of them are one request to the gateway."""
     count = body.num_candidates
-    sender = Caller(request_id(request), body.user or request.headers.get(SESSION_HEADER))
+    sender = Sender(request_id(request), body.user or request.headers.get(SESSION_HEADER))
 
     def begin(one: GenerationRequest) -> list[GenerationStream]:
         streams: list[GenerationStream] = []
         try:
             for index in range(count):
                 seed = None if one.seed is None else fork_seed(one.seed, index)
-                streams.append(gateway.generate(body.deployment, replace(one, seed=seed) if index else one, sender))
+                left_s = None if deadline is None else deadline.left_s()
+                own = replace(one, seed=seed) if index else one
+                streams.append(gateway.generate(body.deployment, own, sender, timeout_s=left_s))
         except BaseException:
             for stream in streams:
                 stream.close()

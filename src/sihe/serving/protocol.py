@@ -29,10 +29,13 @@ from sihe.serving.errors import (
     BadConstraint,
     ContentRefused,
     ContextTooLong,
+    EngineClosed,
+    EngineDead,
     InputTooLong,
     InvalidRequest,
     QuotaExceeded,
     RateLimited,
+    ReplicaLost,
     SlowBody,
     UnsupportedParameter,
 )
@@ -318,6 +321,8 @@ def _classify(error: Exception) -> tuple[int, str, str | None]:
         return 429, "rate_limit_error", "rate_limit_exceeded"
     if isinstance(error, TimedOut):
         return 504, "server_error", "timeout"
+    if isinstance(error, ReplicaLost | EngineDead | EngineClosed):
+        return 503, "server_error", "replica_lost"
     if isinstance(error, TransientError):
         return 503, "server_error", "not_ready"
     if isinstance(error, InternalError) or not isinstance(error, SiheError):

@@ -20,6 +20,8 @@ deployments = Table(
     # How many replicas, and how requests are dealt out between versions; null where it is the default.
     Column("replicas", JSON(none_as_null=True)),
     Column("traffic", JSON(none_as_null=True)),
+    # LoRA adapters that were loaded while it served: name → place in the object store.
+    Column("adapters", JSON(none_as_null=True)),
     # What is: the last report of the process that serves it, and when it came. Old reports mean that nobody does.
     Column("status", JSON),
     Column("reported_at", UtcDateTime),

@@ -7,9 +7,9 @@ it so, within one poll, or at once when the change came through this same gatewa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sihe.core.errors import NotFound
 from sihe.core.ids import check_name
@@ -20,6 +20,7 @@ from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import NotReady
+from sihe.serving.gateway.adapters import AdapterControl
 from sihe.serving.gateway.control import TrafficControl
 from sihe.serving.gateway.live import LiveDeployment
 from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig
@@ -32,18 +33,32 @@ from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Move, Rollout, RolloutState, decide
 from sihe.serving.gateway.traffic.store import ExperimentStore
-from sihe.serving.gateway.traffic.types import Caller
+from sihe.serving.gateway.traffic.types import Sender
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 
+class _Close(Protocol):
+    """Frees a deployment or a route; a second call may leave it less time than the first."""
+
+    def __call__(self, *, drain: bool = True, timeout_s: float | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """What is being freed in the background."""
+
+    close: _Close
+    thread: threading.Thread
+
+
 class Gateway:
     """Deployments of one workspace. Without `start` it reads and writes what is wanted and serves nothing.
 
-    `traffic` deals requests out between versions, and `rollouts` brings new ones in. `poll_interval_s` bounds how long
-    a change made by another process goes unseen.
+    `traffic` deals requests out between versions, `rollouts` brings new ones in, and `adapters` stand beside them.
+    `poll_interval_s` bounds how long a change made by another process goes unseen.
     """
 
     def __init__(
@@ -59,13 +74,14 @@ class Gateway:
             workspace, self._store, live=lambda name: self._live.get(name), notify=self.notify
         )
         self.rollouts = RolloutControl(workspace, self._store, notify=self.notify)
+        self.adapters = AdapterControl(workspace, self._store, live=self._served, notify=self.notify)
         self._experiments = ExperimentStore(workspace.records, workspace.clock)
         self._request_log: RequestLog | None = None
         self._presence = Presence()
         # Replaced whole when it changes, so that requests read it without a lock.
         self._live: dict[str, LiveDeployment] = {}
         self._notes: dict[str, str] = {}  # what rollouts wait for
-        self._closing: list[threading.Thread] = []
+        self._closing: list[_Closing] = []
         self._reported: dict[str, DeploymentStatus] = {}
         self._next_report_s = 0.0
         self._stop = threading.Event()
@@ -89,7 +105,9 @@ class Gateway:
         check_name("deployment", name)
         version = self.workspace.tracking.resolve(target)
         model, _, selector = target.partition("@")
-        self._store.put(name, model, selector, settings_for(version, settings), replicas=replicas)
+        wanted = settings_for(version, settings)
+        self.adapters.check_places(name, wanted)
+        self._store.put(name, model, selector, wanted, replicas=replicas)
         self.notify()
         return self.status(name)
 
@@ -97,6 +115,7 @@ class Gateway:
         """Forgets a deployment; the process that serves it drains and frees it. Raises `NotFound`."""
         self._store.remove(name)
         self.notify()
+        self.adapters.forget(name)
 
     def move_alias(self, model: str, alias: str, version: int) -> ModelVersion:
         """Points an alias at another version; every deployment that follows it swaps. Raises `NotFound`."""
@@ -132,16 +151,16 @@ class Gateway:
         self,
         name: str,
         request: GenerationRequest,
-        caller: Caller | None = None,
+        sender: Sender | None = None,
         *,
         timeout_s: float | None = None,
     ) -> GenerationStream:
-        """Starts a request on deployment `name`, on the arm that its caller draws, to its end within `timeout_s`.
+        """Starts a request on deployment `name`, on the arm that its sender draws, to its end within `timeout_s`.
 
         Until the first event the arm and the version may change, where the first one fails; the stream then says so.
         Raises `NotFound`, `NotReady`, and what the engine raises.
         """
-        return self._served(name).generate(request, caller, timeout_s=timeout_s)
+        return self._served(name).generate(request, sender, timeout_s=timeout_s)
 
     def route(self, name: str) -> Route:
         """The replicas of the stable version of deployment `name`. Raises `NotFound`, `NotReady`."""
@@ -175,18 +194,19 @@ class Gateway:
         self._watcher = None
         with self._synchronising:
             deployments, self._live = list(self._live.values()), {}
-        closing = [
-            threading.Thread(target=live.close, kwargs={"drain": drain, "timeout_s": timeout_s}, name="close")
-            for live in deployments
+        # All at once: the time that there is is the same for each. What closes already has no more of it than the rest.
+        leaving = [one for one in self._closing if one.thread.is_alive()]
+        closes = [*(live.close for live in deployments), *(one.close for one in leaving)]
+        threads = [
+            threading.Thread(target=close, kwargs={"drain": drain, "timeout_s": timeout_s}, name="close")
+            for close in closes
         ]
-        for thread in closing:  # all at once: the time that there is is the same for each
+        for thread in threads:
             thread.start()
-        for thread in closing:
+        for thread in (*threads, *(one.thread for one in leaving)):
             thread.join()
         for live in deployments:
             self._save(live)
-        for thread in self._closing:
-            thread.join()
         if self._request_log is not None:
             self._request_log.close()
 
@@ -206,6 +226,8 @@ class Gateway:
     def _synchronise(self) -> None:
         """Makes the routes what the records want. A registry that does not answer changes nothing that serves."""
         with self._synchronising:
+            if self._stop.is_set():
+                return  # it was closed while this waited: nothing may be loaded any more
             try:
                 wanted = {deployment.name: deployment for deployment in self._store.all()}
                 rollouts = self.rollouts.active()
@@ -215,11 +237,16 @@ class Gateway:
             for name in self._live.keys() - wanted.keys():
                 self._retire(name)
             for name, deployment in wanted.items():
-                rollout = rollouts.get(name)
-                live = self._follow(deployment, rollout)
-                if rollout is not None and self._roll(live, rollout):
-                    self._follow(self._store.get(name), self.rollouts.active().get(name))
+                try:
+                    self._update(deployment, rollouts.get(name))
+                except Exception as error:  # noqa: BLE001 - one deployment's trouble; the next poll tries again
+                    self._log.error("deployment_not_followed", deployment=name, error=repr(error), exc_info=error)
             self._report()
+
+    def _update(self, deployment: Deployment, rollout: Rollout | None) -> None:
+        live = self._follow(deployment, rollout)
+        if rollout is not None and self._roll(live, rollout):
+            self._follow(self._store.get(live.name), self.rollouts.active().get(live.name))
 
     def _follow(self, deployment: Deployment, rollout: Rollout | None) -> LiveDeployment:
         name = deployment.name
@@ -245,6 +272,7 @@ class Gateway:
             metrics=TrafficMetrics.on(self._registry or REGISTRY),
             presence=self._presence,
             clock=self.workspace.clock,
+            adapter_folder=self.adapters.folder_of,
         )
 
     def _roll(self, live: LiveDeployment, rollout: Rollout) -> bool:
@@ -278,12 +306,14 @@ class Gateway:
         live = self._live[name]
         self._live = {key: value for key, value in self._live.items() if key != name}
         self._notes.pop(name, None)
+        self._reported.pop(name, None)  # of its name there may be another one soon
         self._close_later(live.close, name)
 
-    def _close_later(self, close: Callable[[], None], name: str) -> None:
-        self._closing = [thread for thread in self._closing if thread.is_alive()]
-        self._closing.append(threading.Thread(target=close, name=f"close {name}", daemon=True))
-        self._closing[-1].start()
+    def _close_later(self, close: _Close, name: str) -> None:
+        self._closing = [one for one in self._closing if one.thread.is_alive()]
+        thread = threading.Thread(target=close, name=f"close {name}", daemon=True)
+        self._closing.append(_Closing(close, thread))
+        thread.start()
 
     def _report(self) -> None:
         """Writes what changed, and everything now and then, so that other processes see that this one lives."""

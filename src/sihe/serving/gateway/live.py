@@ -7,17 +7,21 @@ answers: whoever tries a new version out, its trouble is not its callers'. Such 
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sihe.core.clock import Clock
-from sihe.core.errors import Busy, UserError
+from sihe.core.errors import Busy, NotFound, UserError
 from sihe.core.ids import new_id
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import NotReady
+from sihe.serving.errors import DeadlineExceeded, NotReady
+from sihe.serving.gateway.replicas.adapters import FolderOf
 from sihe.serving.gateway.replicas.ports import Load
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.assignment import draw, ranking
@@ -31,7 +35,7 @@ from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
 from sihe.serving.gateway.traffic.rollout import Rollout, RolloutState, Sight
 from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
 from sihe.serving.gateway.traffic.store import ExperimentStore
-from sihe.serving.gateway.traffic.types import SHADOW, STABLE, ArmStatus, Caller, sticky_key
+from sihe.serving.gateway.traffic.types import SHADOW, STABLE, ArmStatus, Sender, sticky_key
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
 
 Resolve = Callable[[str], ModelVersion]
@@ -41,11 +45,11 @@ Resolve = Callable[[str], ModelVersion]
 class _Passage:
     """One request on one arm, from its start to its end."""
 
-    caller: Caller
+    sender: Sender
     key: str
     request: GenerationRequest
     arm: str
-    timeout_s: float | None
+    until_s: float | None  # by the clock: an answer that changes its arm gets no more time for it
     counts: bool  # for its arm: not when another one failed it first
     experiment: Experiment
     is_logged: bool
@@ -65,8 +69,10 @@ class LiveDeployment:
         metrics: TrafficMetrics,
         presence: Presence,
         clock: Clock,
+        adapter_folder: FolderOf = Path,
     ) -> None:
         self.name = deployment.name
+        self._adapter_folder = adapter_folder
         self._load = load
         self._experiments = experiments
         self._request_log = log
@@ -76,7 +82,7 @@ class LiveDeployment:
         self._log = logger("serving").bind(deployment=self.name)
         self._deployment = deployment
         # Replaced whole when they change, so that requests read them without a lock.
-        self._routes: dict[str, Route] = {STABLE: Route(deployment, load, clock=clock)}
+        self._routes: dict[str, Route] = {STABLE: self._new_route(deployment)}
         self._aims: dict[Route, tuple[object, ...]] = {}
         self._unready_since_s: dict[str, float] = {}
         self._shadow: ShadowRunner | None = None
@@ -104,24 +110,24 @@ class LiveDeployment:
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def generate(
-        self, request: GenerationRequest, caller: Caller | None = None, *, timeout_s: float | None = None
+        self, request: GenerationRequest, sender: Sender | None = None, *, timeout_s: float | None = None
     ) -> GenerationStream:
         """Starts a request on its arm, or on the stable one. Raises `NotReady`, and what the engine raises."""
-        caller = caller or Caller(new_id("req"))
-        policy, experiment = self._deployment.traffic, self._experiment
-        key = sticky_key(policy, caller, request.tenant) or caller.request_id
+        sender = sender or Sender(new_id("req"))
+        policy, experiment, shadow = self._deployment.traffic, self._experiment, self._shadow
+        key = sticky_key(policy, sender, request.tenant) or sender.request_id
         order = ranking(experiment.split.weights, key, salt=f"{self.name}/{policy.salt}")
         passage = _Passage(
-            caller,
+            sender,
             key,
             request,
             order[0] if order else STABLE,
-            timeout_s,
+            None if timeout_s is None else self._clock.monotonic_s() + timeout_s,
             counts=True,
             experiment=experiment,
-            is_logged=draw(caller.request_id, salt="log") < policy.logs.share,
-            is_copied=self._shadow is not None
-            and draw(caller.request_id, salt="shadow", name=self.name) < self._shadow.shadow.share,
+            is_logged=draw(sender.request_id, salt="log") < policy.logs.share,
+            is_copied=shadow is not None
+            and draw(sender.request_id, salt="shadow", name=self.name) < shadow.shadow.share,
         )
         if passage.arm == STABLE:
             return self._on_stable(passage)
@@ -133,11 +139,15 @@ class LiveDeployment:
             first = self._start(passage, route)
         except (NotReady, Busy):
             return self._instead(passage)
-        except UserError:
+        except UserError as error:
+            if isinstance(error, NotFound) and error.kind == "adapter":
+                return self._instead(passage)  # the stable arm may have it
+            raise
+        except DeadlineExceeded:
             raise
         except Exception as error:  # noqa: BLE001 - an arm that raises what it should not has failed
             self._log.warning("arm_failed", arm=passage.arm, error=repr(error))
-            self._end(passage, "", Outcome("failed", None, repr(error), 0, 0, None, 0.0))
+            self._count(passage, "", self._begin(passage), Outcome("failed", None, repr(error), 0, 0, None, 0.0))
             return self._instead(passage)
         self._watch(passage, first, started_s=started_s)
         handover = Handover(first, lambda: self._instead(passage))
@@ -165,7 +175,8 @@ class LiveDeployment:
     def _start(self, passage: _Passage, route: Route) -> GenerationStream:
         self._presence.enter()
         try:
-            stream = route.generate(passage.request, timeout_s=passage.timeout_s)
+            left_s = None if passage.until_s is None else passage.until_s - self._clock.monotonic_s()
+            stream = route.generate(passage.request, timeout_s=left_s)
         except BaseException:
             self._presence.leave()
             raise
@@ -173,14 +184,11 @@ class LiveDeployment:
         return stream
 
     def _watch(self, passage: _Passage, stream: GenerationStream, *, started_s: float) -> None:
-        name = feedback_name(passage.caller.request_id, passage.request.tenant)
-        cluster = passage.experiment.begin(name, passage.arm, passage.key)
+        cluster = self._begin(passage)
 
         def end(outcome: Outcome) -> None:
             try:
-                if passage.counts:
-                    passage.experiment.record(passage.arm, outcome, cluster, passage.key)
-                self._end(passage, stream.served_by, outcome)
+                self._count(passage, stream.served_by, cluster, outcome)
             except Exception as error:  # noqa: BLE001 - on an engine's thread: what is lost is a measurement
                 self._log.error("measurement_lost", error=repr(error))
             finally:
@@ -194,7 +202,14 @@ class LiveDeployment:
         )
         stream.watch(observe)
 
-    def _end(self, passage: _Passage, served_by: str, outcome: Outcome) -> None:
+    def _begin(self, passage: _Passage) -> int:
+        """Takes note that a request goes to its arm; the cluster that what is measured of it goes by."""
+        name = feedback_name(passage.sender.request_id, passage.request.tenant)
+        return passage.experiment.begin(name, passage.arm, passage.key)
+
+    def _count(self, passage: _Passage, served_by: str, cluster: int, outcome: Outcome) -> None:
+        if passage.counts:
+            passage.experiment.record(passage.arm, outcome, cluster, passage.key)
         self.pulse.record(passage.arm, outcome)
         metrics, labels = self._metrics, (self.name, passage.arm)
         metrics.requests.labels(*labels, outcome.ending).inc()
@@ -203,14 +218,14 @@ class LiveDeployment:
             if outcome.ttft_s is not None:
                 metrics.ttft.labels(*labels).observe(outcome.ttft_s)
         if passage.is_logged:
-            self._request_log.offer(self._entry(passage.caller, passage.arm, served_by, passage.request, outcome))
+            self._request_log.offer(self._entry(passage.sender, passage.arm, served_by, passage.request, outcome))
         shadow = self._shadow
         if passage.is_copied and shadow is not None and outcome.ending == "finished":
-            shadow.offer(passage.caller.request_id, passage.request, outcome)
+            shadow.offer(passage.sender.request_id, passage.request, outcome)
 
     def _entry(
         self,
-        caller: Caller,
+        sender: Sender,
         arm: str,
         served_by: str,
         request: GenerationRequest,
@@ -219,11 +234,11 @@ class LiveDeployment:
     ) -> LogEntry:
         return LogEntry(
             self._clock.now(),
-            caller.request_id,
+            sender.request_id,
             self.name,
             arm,
             served_by,
-            caller.session,
+            sender.session,
             request,
             outcome,
             self._deployment.traffic.logs.text,
@@ -241,7 +256,7 @@ class LiveDeployment:
         for arm, want in wants.items():
             route = routes.get(arm)
             if route is None:
-                route = routes[arm] = Route(want, self._load, clock=self._clock)
+                route = routes[arm] = self._new_route(want)
             if arm in versions:
                 route.aim(want, versions[arm])
                 self._aims[route] = _aim(want, versions[arm])
@@ -258,6 +273,9 @@ class LiveDeployment:
         self._renew_experiment(wants)
         self._sample()
         return retired
+
+    def _new_route(self, want: Deployment) -> Route:
+        return Route(want, self._load, clock=self._clock, adapter_folder=self._adapter_folder)
 
     def _adopt(
         self, routes: dict[str, Route], wants: Mapping[str, Deployment], versions: Mapping[str, ModelVersion]
@@ -301,9 +319,9 @@ class LiveDeployment:
 
     def _note_comparison(self, found: Comparison) -> None:
         if self._deployment.traffic.logs.share > 0:
-            caller = Caller(found.request_id)
+            sender = Sender(found.request_id)
             self._request_log.offer(
-                self._entry(caller, SHADOW, found.served_by, found.request, found.shadow, found.agreement)
+                self._entry(sender, SHADOW, found.served_by, found.request, found.shadow, found.agreement)
             )
 
     def _sample(self) -> None:
@@ -337,7 +355,10 @@ class LiveDeployment:
         if split == self._experiment.split:
             return
         if self._experiment.changes:
-            self.save()
+            try:
+                self.save()
+            except Exception as error:  # noqa: BLE001 - what is lost is a measurement; the routes must not wait for it
+                self._log.warning("measurements_not_saved", period=self._experiment.period, error=repr(error))
         self._experiment = Experiment(self.name, self._experiment.period + 1, split, self._clock.now())
 
     # ---- what is ----------------------------------------------------------------------------------------------------
@@ -381,11 +402,25 @@ class LiveDeployment:
             self._saved = mark
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
-        """Frees every route: after their streams have ended, for at most `timeout_s` each, or at once, no `drain`."""
-        if self._shadow is not None:
-            self._shadow.close()
-        for arm in sorted(self._routes, key=lambda arm: arm == STABLE):
-            self._routes[arm].close(drain=drain, timeout_s=timeout_s)
+        """Frees every route: after their streams have ended, for at most `timeout_s`, or at once without `drain`.
+
+        The stable one goes last, as it answers for the others; the time is that of all together.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        shadow = self._shadow
+        if shadow is not None:
+            shadow.close()
+        others = [route for arm, route in self._routes.items() if arm != STABLE]
+        threads = [
+            threading.Thread(target=route.close, kwargs={"drain": drain, "timeout_s": timeout_s}, name="close arm")
+            for route in others
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+        self.stable.close(drain=drain, timeout_s=left_s)
 
 
 def feedback_name(request_id: str, tenant: str) -> str:

@@ -8,18 +8,20 @@ replicas `replicas.replacement` says which move comes next, and `replicas.autosc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import TypeVar
 
 from sihe.core.clock import Clock
-from sihe.core.errors import Busy, TransientError
+from sihe.core.errors import Busy, TransientError, UserError
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import NoMemory, NoRoom, NotReady
+from sihe.serving.errors import EngineClosed, NoMemory, NoRoom, NotReady
+from sihe.serving.gateway.replicas.adapters import Adapters, FolderOf, bring_up_to_date
 from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.autoscaler import Observation, decide, initial
 from sihe.serving.gateway.replicas.config import Backend
@@ -43,6 +45,8 @@ class _Wish:
     version: ModelVersion
     settings: ModelSettings
     backend: Backend
+    adapters: Adapters = ()
+    """They come and go without a new replica: only what failed with them depends on them."""
 
     def is_met_by(self, other: Replica | _Wish | None) -> bool:
         """Whether `other` is the same version with the same settings (aliases may differ)."""
@@ -67,8 +71,9 @@ class Route:
     Wishes that come while a version loads replace each other: only the last one counts when it is done.
     """
 
-    def __init__(self, deployment: Deployment, load: Load, *, clock: Clock) -> None:
+    def __init__(self, deployment: Deployment, load: Load, *, clock: Clock, adapter_folder: FolderOf = Path) -> None:
         self.name = deployment.name
+        self._adapter_folder = adapter_folder
         self._deployment = deployment
         self._load = load
         self._clock = clock
@@ -85,6 +90,7 @@ class Route:
         self._proven: _Wish | None = None  # what was wanted when a replica was last opened
         self._fault: str | None = None
         self._closing = False
+        self._left_behind: set[Replica] = set()  # what loaded when a `close` had no time left
         self._requests = Dispatcher(
             self.name, deployment.replicas, clock=clock, why_none=self._why_none, on_change=self._notify
         )
@@ -93,7 +99,7 @@ class Route:
 
     def aim(self, deployment: Deployment, version: ModelVersion) -> None:
         """Says which version is wanted now, with which settings and how many replicas."""
-        wish = _Wish(version, deployment.settings, deployment.replicas.backend)
+        wish = _Wish(version, deployment.settings, deployment.replicas.backend, deployment.adapters)
         with self._changed:
             if deployment.replicas != self._deployment.replicas:
                 self._requests.configure(deployment.replicas)
@@ -102,9 +108,15 @@ class Route:
                 self._scaling = initial(deployment.replicas)  # a version is shown to work before it may sleep
             if not wish.is_met_by(self._wish):
                 self._room_is_short = False
+            gone = [item[0] for item in self._deployment.adapters if item not in deployment.adapters]
+            is_other = self._deployment.adapters != deployment.adapters
             self._deployment = deployment
             self._wish = wish
             self._fault = None
+            for replica in self._replicas if is_other else ():
+                threading.Thread(
+                    target=self._renew_adapters, args=(replica, gone), name="adapters", daemon=True
+                ).start()
             self._changed.notify_all()
 
     def fault(self, deployment: Deployment, message: str) -> None:
@@ -123,14 +135,15 @@ class Route:
         return self._requests.generate(request, timeout_s=timeout_s)
 
     def call(self, work: Callable[[Served], T], *, weight: float = 1.0) -> T:
-        """What `work` gives for what one of the replicas holds: for models that do not generate. Blocks meanwhile.
+        """What `work` gives for what one of the replicas holds: for models that do not generate. Blocks meanwhile, and
+        before it where a replica is on its way.
 
         Where that replica is lost `work` is done again on another, so it must be safe to repeat. Raises `NotReady`,
         and what `work` raises.
         """
         tried: set[int] = set()
         while True:
-            replica = self._requests.pick(work=weight, avoid=frozenset(tried))
+            replica = self._requests.obtain(work=weight, avoid=frozenset(tried))
             tried.add(replica.id)
             replica.ledger.take(weight, self._clock.monotonic_s())
             try:
@@ -140,6 +153,9 @@ class Route:
                 self._notify()  # bring in another
                 if len(tried) >= self._deployment.replicas.max_attempts:
                     raise NotReady(self.name, str(error)) from error
+            except UserError:
+                replica.ledger.succeeded()  # it was asked something wrong, and said so
+                raise
             else:
                 replica.ledger.succeeded()
                 return result
@@ -211,17 +227,20 @@ class Route:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._requests.close()
+        self._requests.stop()
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_loading())
-            left = self._replicas
+            # A model that loads cannot be stopped. Who has no time leaves it to its thread, which frees it at the end.
+            self._changed.wait_for(lambda: not self._is_loading(), timeout_s)
+            self._left_behind = {replica for replica in self._replicas if self._member(replica).stage == "loading"}
+            left = [replica for replica in self._replicas if replica not in self._left_behind]
             for replica in left:
                 if replica.state not in (ReplicaState.DRAINING, ReplicaState.GONE):
                     self._retire(replica, drain=drain, timeout_s=timeout_s)
-            if not self._changed.wait_for(lambda: not self._replicas, timeout_s if drain else 0):
-                for replica in self._replicas:
+            if not self._changed.wait_for(lambda: not self._holds(left), timeout_s if drain else 0):
+                for replica in self._holds(left):
                     threading.Thread(target=replica.abandon, daemon=True).start()
-            self._changed.wait_for(lambda: not self._replicas)
+            self._changed.wait_for(lambda: not self._holds(left))
+        self._requests.close()
 
     # ---- the route's thread -----------------------------------------------------------------------------------------
 
@@ -278,14 +297,29 @@ class Route:
         self._log.info("version_loading", version=wish.version.version)
         try:
             replica.load(self._load)
+            bring_up_to_date(replica, self._adapters, self._adapter_folder)
             if self._still_wanted(wish):
                 replica.warm()
-                return
+                with self._changed:
+                    if replica not in self._left_behind:
+                        return
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a version, the one that serves goes on
             self._log.warning("version_failed", version=wish.version.version, error=repr(error))
             self._remove(replica, _failure(wish, error, self._failure, self._clock.monotonic_s()))
             return
         self._remove(replica, None)
+
+    def _adapters(self) -> Adapters:
+        return self._deployment.adapters
+
+    def _renew_adapters(self, replica: Replica, gone: Collection[str]) -> None:
+        """Brings a change of adapters to a replica; one that loads still finds it when it is there."""
+        try:
+            bring_up_to_date(replica, self._adapters, self._adapter_folder, gone=gone)
+        except EngineClosed:
+            return
+        except Exception as error:  # noqa: BLE001 - the others of the replica go on, and requests that name it say so
+            self._log.error("adapters_not_renewed", replica=replica.id, error=repr(error))
 
     def _remove(self, replica: Replica, failure: _Failure | None) -> None:
         """Frees a replica that never served."""
@@ -305,6 +339,8 @@ class Route:
         def retire() -> None:
             try:
                 replica.retire(drain=drain, timeout_s=timeout_s)
+            except Exception as error:  # noqa: BLE001 - nobody waits for it here; what it held may not be free
+                self._log.error("replica_not_freed", replica=replica.id, error=repr(error), exc_info=error)
             finally:
                 with self._changed:
                     self._replicas = tuple(other for other in self._replicas if other is not replica)
@@ -387,6 +423,10 @@ class Route:
         """Whether there is no replica because there was no request: one comes with the next."""
         return self._has_served and self._scaling.wanted == 0 and self._failed() is None
 
+    def _holds(self, replicas: Sequence[Replica]) -> list[Replica]:
+        """Those of `replicas` that are not gone yet."""
+        return [replica for replica in replicas if replica in self._replicas]
+
     def _is_loading(self) -> bool:
         return any(self._member(replica).stage == "loading" for replica in self._replicas)
 
@@ -402,7 +442,9 @@ class Route:
 
     def _failed(self) -> _Failure | None:
         """The failure of what is wanted now; one of another version no longer matters."""
-        return self._failure if self._failure and self._failure.wish.is_met_by(self._wish) else None
+        failure, wish = self._failure, self._wish
+        is_its = failure and wish and failure.wish.is_met_by(wish) and failure.wish.adapters == wish.adapters
+        return failure if is_its else None
 
     def _why_none(self) -> NotReady | None:
         """Why a request is refused while there is no replica; None when one is on its way and it may wait."""
@@ -425,7 +467,9 @@ def _retried_now(failure: _Failure, now_s: float) -> _Failure:
 
 def _failure(wish: _Wish, error: Exception, former: _Failure | None, now_s: float) -> _Failure:
     """What failed, and when to try again: soon for what may pass, never for a version that is broken."""
-    attempts = 1 + (former.attempts if former and wish.is_met_by(former.wish) else 0)
+    # That there was no room says nothing of what failed when there was some: such a failure is the first of its kind.
+    is_alike = former is not None and isinstance(former.error, NoRoom) == isinstance(error, NoRoom)
+    attempts = 1 + (former.attempts if former and is_alike and wish.is_met_by(former.wish) else 0)
     may_pass = isinstance(error, TransientError | NoMemory | OSError) and not isinstance(error, FileNotFoundError)
     wait_s = _RETRY_S[min(attempts, len(_RETRY_S)) - 1]
     if isinstance(error, NoRoom):  # to ask whether a node has come costs little

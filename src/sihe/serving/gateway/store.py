@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Row, select
 
 from sihe.core.clock import Clock
-from sihe.core.errors import NotFound
+from sihe.core.errors import AlreadyExists, NotFound
 from sihe.core.records import Records
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
@@ -70,6 +70,29 @@ class DeploymentStore:
         with self._records.transaction() as connection:
             change_traffic(connection, name, change)
         return self.get(name)
+
+    def add_adapter(self, name: str, adapter: str, place: str) -> None:
+        """Records an adapter of `name`. Raises `NotFound`, `AlreadyExists`."""
+
+        def add(held: dict[str, str]) -> dict[str, str]:
+            if adapter in held:
+                raise AlreadyExists("adapter", adapter, hint="unload it first or take another name")
+            return {**held, adapter: place}
+
+        self._change_adapters(name, add)
+
+    def remove_adapter(self, name: str, adapter: str) -> None:
+        """Forgets an adapter of `name`. Raises `NotFound`."""
+        self._change_adapters(name, lambda held: {key: place for key, place in held.items() if key != adapter})
+
+    def _change_adapters(self, name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+        with self._records.transaction() as connection:
+            query = select(deployments.c.adapters).where(deployments.c.name == name).with_for_update()
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                raise _missing(name)
+            changed = change(row.adapters or {}) or None
+            connection.execute(deployments.update().where(deployments.c.name == name).values(adapters=changed))
 
     def all(self) -> list[Deployment]:
         """Every deployment, by name."""
@@ -139,4 +162,5 @@ def _deployment(row: Row[Any]) -> Deployment:
         updated_at=row.updated_at,
         replicas=ReplicaConfig.from_mapping(row.replicas or {}),
         traffic=TrafficPolicy.from_mapping(row.traffic),
+        adapters=tuple(sorted((row.adapters or {}).items())),
     )

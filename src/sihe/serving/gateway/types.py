@@ -37,6 +37,8 @@ class Deployment:
     updated_at: datetime
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     traffic: TrafficPolicy = field(default_factory=TrafficPolicy)
+    adapters: tuple[tuple[str, str], ...] = ()
+    """LoRA adapters that were loaded while it served, by name: where their files are in the object store."""
 
     @property
     def target(self) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 
 from sihe.serving.engine.stream import GenerationStream, Heard
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
+from sihe.serving.errors import DeadlineExceeded
 from sihe.serving.tenants import estimate
 from sihe.serving.tenants.access import Access, Admission
 from sihe.serving.tenants.types import Caller
@@ -75,7 +76,9 @@ class Metering:
             if heard.finish_reason is not None:
                 self._end(place, "completed")
         else:
-            self._end(place, "aborted" if heard is None else "failed")
+            # Who set itself a limit has left when it passes: else short ones would have prompts read for nothing.
+            has_left = heard is None or (isinstance(heard, DeadlineExceeded) and heard.is_own)
+            self._end(place, "aborted" if has_left else "failed")
 
     def _end(self, place: tuple[int, int], outcome: Outcome) -> None:
         with self._lock:

@@ -10,10 +10,11 @@ import threading
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sihe.core.errors import InternalError, Unreachable
+from sihe.core.errors import InternalError, Unreachable, UserError
 from sihe.serving.engine.stream import GenerationStream, Wake
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest
 from sihe.serving.errors import EngineClosed, EngineDead, QueueFull, ReplicaLost
+from sihe.serving.gateway.replicas.alarms import Alarm
 from sihe.serving.gateway.replicas.balancer import prefix_of, work_of
 from sihe.serving.gateway.replicas.replica import Replica
 
@@ -29,7 +30,7 @@ class Desk(Protocol):
         ...
 
     def finished(self, replica: Replica) -> None:
-        """An answer is whole."""
+        """An answer is whole, or the replica found something wrong with the request: either way it does well."""
         ...
 
     def failed(self, answer: RoutedStream, replica: Replica, error: BaseException, *, again: bool) -> None:
@@ -69,12 +70,15 @@ class RoutedStream(GenerationStream):
         self.work = work_of(request)
         self.prefix = prefix_of(request)
         self.tried: set[int] = set()
+        self.waits_until_s: float | None = None
+        """Until when (monotonic) it may wait for a replica."""
         self._desk = desk
         self._attempts_left = max_attempts
         self._lock = threading.Lock()
         self._running: list[Attempt] = []
         self._winner: Attempt | None = None
         self._over = False
+        self._alarms: list[Alarm] = []
 
     @property
     def is_over(self) -> bool:
@@ -85,6 +89,14 @@ class RoutedStream(GenerationStream):
     def has_begun(self) -> bool:
         """Whether the first event has come."""
         return self._winner is not None
+
+    def expect(self, alarm: Alarm) -> None:
+        """Keeps an alarm that is about this request for as long as it is not over, and then cancels it."""
+        with self._lock:
+            if not self._over:
+                self._alarms.append(alarm)
+                return
+        alarm.cancel()
 
     def attempt(self, replica: Replica) -> Attempt:
         """Takes note that the request goes to `replica`."""
@@ -108,7 +120,10 @@ class RoutedStream(GenerationStream):
         """The replica took it; it is aborted at once where that has become pointless."""
         with self._lock:
             attempt.stream = stream
-            pointless = attempt not in self._running
+            # It may have ended, or begun elsewhere, while the replica read the prompt.
+            pointless = self._over or attempt not in self._running or self._winner not in (None, attempt)
+            if pointless and attempt in self._running:
+                self._running.remove(attempt)
         if pointless:
             stream.close()
 
@@ -118,6 +133,7 @@ class RoutedStream(GenerationStream):
             if self._over:
                 return None
             running, self._running, self._over = self._running, [], True
+        self._forget_alarms()
         for attempt in running:
             attempt.close()
         return self.fail(error)
@@ -141,6 +157,7 @@ class RoutedStream(GenerationStream):
         if first:
             self._desk.began(self, attempt.replica)
         if said.finish_reason is not None:
+            self._forget_alarms()
             self._desk.finished(attempt.replica)
         return self.deliver(said)
 
@@ -157,11 +174,24 @@ class RoutedStream(GenerationStream):
             self._over |= last
         if isinstance(error, (*LOST, QueueFull, InternalError)):
             self._desk.failed(self, attempt.replica, error, again=again)
-        return self.fail(error) if last else None
+        elif isinstance(error, UserError):
+            self._desk.finished(attempt.replica)
+        if not last:
+            return None
+        self._forget_alarms()
+        return self.fail(error)
 
     def _leave(self, _id: int) -> None:
         with self._lock:
             running, self._running, self._over = self._running, [], True
+        self._forget_alarms()
         for attempt in running:
             attempt.close()
         self._desk.left(self)
+
+    def _forget_alarms(self) -> None:
+        """They hold the request: it must not stay in memory until a deadline that matters no more."""
+        with self._lock:
+            alarms, self._alarms = self._alarms, []
+        for alarm in alarms:
+            alarm.cancel()

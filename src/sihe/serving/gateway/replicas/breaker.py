@@ -50,10 +50,16 @@ class Breaker:
         if self.state(now_s) == "half-open":
             self._probed_s = now_s
 
+    def withdrawn(self) -> None:
+        """The request was not taken after all, for a reason that says nothing of the replica: the next one may go."""
+        self._probed_s = None
+
     def succeeded(self) -> None:
         """A request was answered, or was refused for a reason of its own."""
         self._in_a_row = 0
         if self._opened_s is not None:
+            if self._probed_s is None:
+                return  # it was sent before this opened: of many at once some succeed also where most fail
             self._outcomes.clear()
             self._opened_s = self._probed_s = None
             self._wait_s = _FIRST_WAIT_S
@@ -64,7 +70,7 @@ class Breaker:
         self._in_a_row += 1
         self._outcomes.append(False)
         if self._opened_s is not None:
-            if self.state(now_s) == "half-open":  # the probe: wait longer; a late answer from before says nothing new
+            if self._probed_s is not None:  # the probe: wait longer; a late answer from before says nothing new
                 self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
                 self._opened_s, self._probed_s = now_s, None
             return

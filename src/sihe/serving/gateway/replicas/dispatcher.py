@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from sihe.core.clock import Clock
+from sihe.core.errors import UserError
 from sihe.core.telemetry import logger
 from sihe.serving.engine.stream import wake_readers
 from sihe.serving.engine.types import GenerationRequest
@@ -29,6 +31,7 @@ from sihe.serving.gateway.replicas.replica import Replica
 _THREADS = 4  # that send requests again: tokenising a long prompt must not hold up the next one
 _RECENT = 500  # waits for the first token that are kept
 _RECENT_S = 60.0
+_MAX_BLOCKED = 16  # threads that wait for a replica: each is one of the server's pool, which answers others too
 
 
 class Dispatcher:
@@ -57,7 +60,10 @@ class Dispatcher:
         self._ids = count()
         self._random = random.Random()
         self._lock = threading.Lock()
+        self._opened = threading.Condition(self._lock)
+        self._openings = 0  # grows whenever there may be a place: who puts a request back looks whether it has
         self._waiting: deque[RoutedStream] = deque()
+        self._blocked = 0  # threads in `obtain` that wait
         self._waits_s: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # (when, time to the first token)
         self._hedger = Hedger(config.hedge)
         self._last_request_s: float | None = None
@@ -83,25 +89,31 @@ class Dispatcher:
         """Ends every request that waits."""
         with self._lock:
             waiting, self._waiting = list(self._waiting), deque()
+            self._openings += 1
+            self._opened.notify_all()
         for answer in waiting:
             _end(answer, error)
 
-    def close(self) -> None:
-        """No request is sent again, or waits, from now on."""
+    def stop(self) -> None:
+        """No request is sent again, or waits, from now on. What runs goes on, and its deadline with it."""
         with self._lock:
             self._closed = True
             pool = self._pool
-        self._alarms.close()
-        self.give_up_waiting(NotReady(self._name, "it is being removed"))
+        self.give_up_waiting(self._removed())
         if pool is not None:
             pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """The same, and no deadline holds any more: when every stream has ended."""
+        self.stop()
+        self._alarms.close()
 
     # ---- what the route asks ----------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a replica."""
-        return len(self._waiting)
+        return len(self._waiting) + self._blocked
 
     @property
     def last_request_s(self) -> float | None:
@@ -126,23 +138,70 @@ class Dispatcher:
             raise self._why_none() or NotReady(self._name, "its replicas are on their way")
         return there[chosen]
 
+    def obtain(self, *, work: float = 1.0, avoid: frozenset[int] = frozenset()) -> Replica:
+        """The same; where none is there and one is on its way, the thread waits for it, for at most `wait_s`.
+
+        Raises `NotReady` when none comes, and where sixteen threads wait already.
+        """
+        self._last_request_s = self._clock.monotonic_s()
+        until_s = time.monotonic() + self._config.wait_s
+        while True:
+            seen = self._openings
+            try:
+                return self.pick(work=work, avoid=avoid)
+            except NotReady as error:
+                reason = self._why_none() or (self._removed() if self._closed else None)
+                if reason is not None:
+                    raise reason from None
+                if not self._may_block(until_s):
+                    raise error from None
+            try:
+                self._on_change()  # it may be asleep
+                self._wait_for_opening(seen, until_s)
+            finally:
+                with self._lock:
+                    self._blocked -= 1
+
+    def _wait_for_opening(self, seen: int, until_s: float) -> None:
+        with self._lock:
+            self._opened.wait_for(lambda: self._openings != seen, until_s - time.monotonic())
+
+    def _may_block(self, until_s: float) -> bool:
+        """Whether one thread more may wait, which is counted then."""
+        with self._lock:
+            if self._closed or self._blocked >= _MAX_BLOCKED or time.monotonic() >= until_s:
+                return False
+            self._blocked += 1
+            return True
+
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def generate(self, request: GenerationRequest, *, timeout_s: float | None = None) -> RoutedStream:
-        """Starts a request, which is answered within `timeout_s` if that is given.
+        """Starts a request, which is answered within `timeout_s`, its own limit, and within the deployment's.
 
-        Raises what is wrong with it, `QueueFull` when every replica's queue is full, and `NotReady` when there is no
-        replica and none comes.
+        Raises what is wrong with it, `QueueFull` when every replica's queue is full, `NotReady` when there is no
+        replica and none comes, and `DeadlineExceeded` where no time is left.
         """
         now_s = self._last_request_s = self._clock.monotonic_s()
+        if timeout_s is not None and timeout_s <= 0:
+            raise DeadlineExceeded(timeout_s, begun=False, is_own=True)
         answer = RoutedStream(next(self._ids), request, self, now_s=now_s, max_attempts=self._config.max_attempts)
-        if not self._sent(answer):
-            self._wait(answer)
-        limit_s = self._config.timeout_s if timeout_s is None else timeout_s
-        if limit_s is not None:
-            self._alarms.after(limit_s, lambda: self._expire(answer, limit_s))
+        self._limit(answer, timeout_s)  # first: reading the prompt takes of the time, too
+        try:
+            if not self._sent(answer):
+                self._wait(answer)
+        except BaseException:
+            answer.close()  # lets go of its deadline
+            raise
         self._plan_hedge(answer)
         return answer
+
+    def _limit(self, answer: RoutedStream, own_s: float | None) -> None:
+        general_s = self._config.timeout_s
+        is_own = own_s is not None and (general_s is None or own_s <= general_s)
+        limit_s = own_s if is_own else general_s
+        if limit_s is not None:
+            answer.expect(self._alarms.after(limit_s, lambda: self._expire(answer, limit_s, is_own=is_own)))
 
     def _sent(self, answer: RoutedStream, *, elsewhere: bool = False) -> bool:
         """Whether a replica took it: first those that it was not on, and then, unless it must go `elsewhere`, any.
@@ -168,8 +227,10 @@ class Dispatcher:
             except LOST as error:
                 answer.refused(attempt)
                 self._note_failure(replica, error)
-            except BaseException:
+            except BaseException as error:
                 answer.refused(attempt)
+                if isinstance(error, UserError):
+                    self.finished(replica)  # which has read it and found it wrong: it does well
                 raise
             else:
                 answer.accepted(attempt, stream)
@@ -193,7 +254,7 @@ class Dispatcher:
             raise reason
         with self._lock:
             if self._closed:
-                raise NotReady(self._name, "it is being removed")
+                raise self._removed()
             waiting = len(self._waiting)
             if waiting < self._config.max_waiting:
                 self._waiting.append(answer)
@@ -205,12 +266,14 @@ class Dispatcher:
 
     def _limit_wait(self, answer: RoutedStream) -> None:
         wait_s = self._config.wait_s
+        answer.waits_until_s = time.monotonic() + wait_s
+        answer.expect(self._alarms.after(wait_s, lambda: self._give_up(answer)))
 
-        def give_up() -> None:
-            if self._forget(answer):
-                _end(answer, NotReady(self._name, f"no replica came within {wait_s:g} s"))
-
-        self._alarms.after(wait_s, give_up)
+    def _give_up(self, answer: RoutedStream) -> None:
+        until_s = answer.waits_until_s
+        # It may have been sent since, and wait anew: then this alarm is not the one that counts.
+        if until_s is not None and time.monotonic() >= until_s and self._forget(answer):
+            _end(answer, self._too_late())
 
     def _forget(self, answer: RoutedStream) -> bool:
         """Takes a request out of the queue; whether it was there."""
@@ -223,7 +286,11 @@ class Dispatcher:
 
     def _serve_waiting_soon(self) -> None:
         """On another thread, as this one may be an engine's."""
-        if self._waiting:
+        with self._lock:
+            self._openings += 1
+            self._opened.notify_all()
+            waits = bool(self._waiting)
+        if waits:
             self._later(self._serve_waiting)
 
     def _serve_waiting(self) -> None:
@@ -232,7 +299,7 @@ class Dispatcher:
             with self._lock:
                 if not self._waiting or not self._replicas:
                     return
-                answer = self._waiting.popleft()
+                answer, seen = self._waiting.popleft(), self._openings
             if answer.is_over:
                 continue
             try:
@@ -242,10 +309,24 @@ class Dispatcher:
             except Exception as error:  # noqa: BLE001 - it belongs to the one request
                 _end(answer, error)
                 continue
-            if not sent:
-                with self._lock:
-                    self._waiting.appendleft(answer)
+            if not sent and not self._put_back(answer, seen):
                 return
+
+    def _put_back(self, answer: RoutedStream, seen: int) -> bool:
+        """Lets a request wait on that was taken out of the queue; whether a place may have become free meanwhile.
+
+        Whoever looked for it in the queue at that time did not find it: what they would have done is done here.
+        """
+        with self._lock:
+            is_closed = self._closed
+            is_late = answer.waits_until_s is not None and time.monotonic() >= answer.waits_until_s
+            waits = not (is_closed or is_late or answer.is_over)
+            if waits:
+                self._waiting.appendleft(answer)
+            may_be_free = self._openings != seen
+        if not waits:
+            _end(answer, self._removed() if is_closed else self._too_late())
+        return may_be_free
 
     def _again(self, answer: RoutedStream, error: BaseException) -> None:
         """Sends a request whose replica was lost to another one, now or when there is one."""
@@ -260,20 +341,22 @@ class Dispatcher:
         except Exception as refusal:  # noqa: BLE001 - it belongs to the one request
             _end(answer, refusal)
             return
+        is_hopeless = was_refused or (not self._replicas and self._why_none() is not None)
+        self._limit_wait(answer)
         with self._lock:
-            waits = not (self._closed or was_refused or (not self._replicas and self._why_none() is not None))
+            waits = not (self._closed or is_hopeless or answer.is_over)
             if waits:
                 self._waiting.appendleft(answer)  # it came before those that wait
         if not waits:
             _end(answer, error)
             return
-        self._limit_wait(answer)
+        self._later(self._serve_waiting)  # a replica may have come between the two
         self._on_change()
 
-    def _expire(self, answer: RoutedStream, limit_s: float) -> None:
+    def _expire(self, answer: RoutedStream, limit_s: float, *, is_own: bool) -> None:
         if not answer.is_over:
             self._forget(answer)
-            _end(answer, DeadlineExceeded(limit_s, begun=answer.has_begun))
+            _end(answer, DeadlineExceeded(limit_s, begun=answer.has_begun, is_own=is_own))
 
     def _plan_hedge(self, answer: RoutedStream) -> None:
         if self._config.hedge <= 0:
@@ -282,16 +365,15 @@ class Dispatcher:
             self._hedger.arrived()
             delay_s = self._hedger.delay_s()
         if delay_s is not None and len(self._replicas) > 1:
-            self._alarms.after(delay_s, lambda: self._hedge_later(answer))
+            answer.expect(self._alarms.after(delay_s, lambda: self._hedge_later(answer)))
 
     def _hedge_later(self, answer: RoutedStream) -> None:
         self._later(lambda: self._hedge(answer))
 
     def _hedge(self, answer: RoutedStream) -> None:
-        if answer.is_over or answer.has_begun or answer in self._waiting:
-            return
         with self._lock:
-            may = self._hedger.take()
+            is_late = not (answer.is_over or answer.has_begun or answer in self._waiting)
+            may = is_late and self._hedger.take()
         if may:
             try:
                 self._sent(answer, elsewhere=True)
@@ -300,13 +382,26 @@ class Dispatcher:
 
     def _later(self, work: Callable[[], None]) -> bool:
         """Whether `work` will be done, on a thread of the pool."""
+
+        def done() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - the pool would keep it to itself
+                self._log.error("dispatch_failed", error=repr(error), exc_info=error)
+
         with self._lock:
             if self._closed:
                 return False
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"dispatch {self._name}")
-            self._pool.submit(work)
+            self._pool.submit(done)
             return True
+
+    def _removed(self) -> NotReady:
+        return NotReady(self._name, "it is being removed")
+
+    def _too_late(self) -> NotReady:
+        return NotReady(self._name, f"no replica came within {self._config.wait_s:g} s")
 
     def _note_failure(self, replica: Replica, error: BaseException) -> None:
         replica.ledger.failed(self._clock.monotonic_s())
@@ -323,7 +418,7 @@ class Dispatcher:
             self._waits_s.append((now_s, now_s - answer.began_s))
 
     def finished(self, replica: Replica) -> None:
-        """An answer is whole."""
+        """An answer is whole, or the request was found wrong by it."""
         replica.ledger.succeeded()
 
     def failed(self, answer: RoutedStream, replica: Replica, error: BaseException, *, again: bool) -> None:

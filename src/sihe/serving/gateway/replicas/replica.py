@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -42,6 +43,7 @@ class Replica:
         self._on_change = on_change
         self._served: Served | None = None
         self.ledger = Ledger()
+        self.changing_adapters = threading.Lock()  # held by whoever loads or unloads what the records want
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class Replica:
         try:
             return self._generator().submit(request, on_done=done, relay=relay)
         except BaseException:
-            self.ledger.release(work)
+            self.ledger.withdraw(work)
             raise
 
     def _generator(self) -> ReplicaEngine:

@@ -13,6 +13,7 @@ from sihe.core.errors import UserError
 from sihe.core.telemetry import logger
 from sihe.serving.engine.stream import GenerationStream, Heard, wake_readers
 from sihe.serving.engine.types import GenerationEvent
+from sihe.serving.errors import DeadlineExceeded
 
 
 class Handover:
@@ -27,20 +28,23 @@ class Handover:
         self.answer.arm = first.arm
         self._otherwise: Callable[[], GenerationStream] | None = otherwise
         self._lock = threading.Lock()
-        self._current: GenerationStream | None = first
+        self._current = first
+        self._has_begun = False
         self._left = False
 
     def hear(self, heard: Heard) -> None:
         """Takes what the current try says."""
         if isinstance(heard, GenerationEvent):
-            if self._otherwise is not None:
-                self._otherwise = None
-                if self._current is not None:
-                    self.answer.served_by = self._current.served_by  # it may have changed its replica meanwhile
+            self._otherwise = None
+            if not self._has_begun:
+                self._has_begun = True
+                with self._lock:
+                    current = self._current
+                self.answer.served_by = current.served_by  # it may have changed its replica meanwhile
             wake = self.answer.deliver(heard)
         elif heard is None:
             return  # closed from our side
-        elif self._otherwise is not None and not isinstance(heard, UserError):
+        elif self._otherwise is not None and not isinstance(heard, UserError | DeadlineExceeded):
             otherwise, self._otherwise = self._otherwise, None
             threading.Thread(target=self._again, args=(otherwise, heard), name="handover", daemon=True).start()
             return
@@ -70,5 +74,4 @@ class Handover:
         with self._lock:
             self._left = True
             current = self._current
-        if current is not None:
-            current.close()
+        current.close()

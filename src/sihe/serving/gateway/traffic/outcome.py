@@ -9,8 +9,10 @@ from typing import Literal
 from sihe.core.clock import Clock
 from sihe.serving.engine.stream import Heard
 from sihe.serving.engine.types import GenerationEvent, Usage
+from sihe.serving.errors import DeadlineExceeded
 
-Ending = Literal["finished", "failed", "left"]  # `left`: its reader closed it, which says nothing about the arm
+Ending = Literal["finished", "failed", "left"]
+"""`left`: its reader closed it, or its own time limit has passed, which says nothing about the arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,8 @@ class Observation:
             if heard.finish_reason is None:
                 return
             self._end("finished", heard.finish_reason, None)
-        elif heard is None:
-            self._end("left", None, None)
+        elif heard is None or (isinstance(heard, DeadlineExceeded) and heard.is_own):
+            self._end("left", None, None)  # whoever sets itself a limit that no arm can keep proves nothing by it
         else:
             self._end("failed", None, f"{type(heard).__name__}: {heard}")
 

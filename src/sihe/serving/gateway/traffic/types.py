@@ -23,8 +23,9 @@ Sticky = Literal["session", "tenant", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Who sends a request: what it is called, and by what its sender is known again (`user`, a session header)."""
+class Sender:
+    """Where one request comes from: the id that it bears, and by what its sender is known again (`user`, a session
+    header). Who pays for it, and what they may, is the tenants' `Caller`."""
 
     request_id: str
     session: str | None = None
@@ -187,12 +188,12 @@ def check_share(name: str, value: float) -> None:
         raise InvalidInput(f"{name} must be a share of requests, above 0 and at most 1, got {value!r}")
 
 
-def sticky_key(policy: TrafficPolicy, caller: Caller, tenant: str) -> str | None:
-    """By what the caller is known again; None for nobody in particular, who is dealt anew with each request."""
+def sticky_key(policy: TrafficPolicy, sender: Sender, tenant: str) -> str | None:
+    """By what the sender is known again; None for nobody in particular, who is dealt anew with each request."""
     if policy.sticky == "none":
         return None
-    if caller.session:
-        return f"session:{tenant}:{caller.session}"  # two tenants may both have a user "1"
+    if sender.session:
+        return f"session:{tenant}:{sender.session}"  # two tenants may both have a user "1"
     return f"tenant:{tenant}" if policy.sticky == "tenant" and tenant else None
 
 

@@ -115,7 +115,7 @@ class _Server:
         self._process.wait()
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        started: list[subprocess.Popen[bytes] | OSError] = []
+        started: list[subprocess.Popen[bytes] | Exception] = []
         ready = threading.Event()
 
         def keep() -> None:
@@ -130,7 +130,7 @@ class _Server:
                         start_new_session=True,
                         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                     )
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - a command may be wrong in many ways; who waits is to hear of it
                 started.append(error)
                 ready.set()
                 return
@@ -141,7 +141,7 @@ class _Server:
         threading.Thread(target=keep, name="server keeper", daemon=True).start()
         ready.wait()
         (outcome,) = started
-        if isinstance(outcome, OSError):
+        if isinstance(outcome, Exception):
             raise ConfigError(f"backend.command cannot be run: {outcome}", key="backend.command") from outcome
         return outcome
 

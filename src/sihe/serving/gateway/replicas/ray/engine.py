@@ -110,10 +110,12 @@ class RayEngine:
                 self._ask(self._actor.close.remote(drain, timeout_s), limit_s)
         self._thread.join(_CLOSE_S)
         self._lose("was closed", EngineClosed)
-        ray.kill(self._actor)
-        self._thread.join()
-        self._released = True
-        self._release()
+        try:
+            ray.kill(self._actor)
+            self._thread.join()
+        finally:  # the connection is given back also where the cluster has gone
+            self._released = True
+            self._release()
 
     # ---- the poll ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ whatever node has room. Model files come to the node from the object store.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 from sihe.cluster.errors import NodeUnfit
 from sihe.cluster.launchers.ray.connection import connected
+from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
@@ -84,18 +86,23 @@ def _start(files: ModelFiles, settings: EngineConfig, backend: RayBackend, name:
         node = _chosen(slots, backend, name)
         _connections.placed[node] += 1
         actor = _actor(backend, node)
+    begun_s = time.monotonic()
     try:
         where: NodeInfo = _answer(actor.node.remote(), name)
+        started_s = time.monotonic()
         if where.version != __version__:
             raise NodeUnfit(where.address, f"it has Sihe {where.version}, this machine has {__version__}")
         failure: Carried | None = _answer(actor.load.remote(files, settings.to_mapping(), name), name, limit_s=None)
         if failure is not None:
             raise failure.unpack()
+        took = {"start_s": round(started_s - begun_s, 1), "load_s": round(time.monotonic() - started_s, 1)}
+        logger("serving").info("replica_loaded", engine=name, node=where.address, **took)
     except BaseException:
         ray.kill(actor)
         raise
     finally:
-        _connections.placed[node] -= 1
+        with _connections.placing:
+            _connections.placed -= Counter([node])  # forgets it at 0
     return RayEngine(actor, where, name, observer, is_lost=slots.is_lost, release=_connections.release)
 
 

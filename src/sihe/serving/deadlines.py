@@ -1,0 +1,48 @@
+"""How long a client gives its own request: a header, for protocols whose bodies have no field for it.
+
+The time counts from the moment at which the request's head was read, so it holds while the body arrives, while the
+request waits, and in the middle of its stream.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sihe.serving.errors import DeadlineExceeded, InvalidRequest
+from sihe.serving.predictive.protocol import TIMEOUT_HEADER
+
+MAX_TIMEOUT_MS = 24 * 3600 * 1000
+_WHOLE = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment of the monotonic clock, `limit_s` after the request came."""
+
+    limit_s: float
+    at_s: float
+
+    def left_s(self) -> float:
+        """What is left of the time. Raises `DeadlineExceeded` where nothing is."""
+        left_s = self.at_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(self.limit_s, begun=False, is_own=True)
+        return left_s
+
+
+def deadline_of(headers: Mapping[str, str]) -> Deadline | None:
+    """The deadline that a request's headers set, from now; None without one. Raises `InvalidRequest`."""
+    given = headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    text = given.strip()
+    if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= MAX_TIMEOUT_MS:
+        raise InvalidRequest(
+            TIMEOUT_HEADER,
+            f"{TIMEOUT_HEADER} is a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}, got {given!r:.50}",
+        )
+    limit_s = int(text) / 1000
+    return Deadline(limit_s, time.monotonic() + limit_s)
