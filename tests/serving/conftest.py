@@ -15,9 +15,12 @@ from sihe.core import settings
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.encoder.engine import EncoderEngine
 from sihe.serving.engine.engine import Engine
 from sihe.serving.gateway.gateway import Gateway
+from support.encoding import SETTINGS
 from support.http_server import serving
+from support.tiny_encoders import tiny_embedder, tiny_reranker
 from support.tiny_models import tiny_config, tiny_model
 
 torch.set_num_threads(1)
@@ -38,6 +41,23 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(model_folder: Path) -> Iterator[Engine]:
     with Engine.load(model_folder, EngineConfig(max_batch_size=8, token_budget=32)) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def embedder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_embedder(tmp_path_factory.mktemp("embedder"))
+
+
+@pytest.fixture(scope="module")
+def embedder(embedder_folder: Path) -> Iterator[EncoderEngine]:
+    with EncoderEngine.load(embedder_folder, SETTINGS) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncoderEngine]:
+    with EncoderEngine.load(tiny_reranker(tmp_path_factory.mktemp("reranker")), SETTINGS) as loaded:
         yield loaded
 
 

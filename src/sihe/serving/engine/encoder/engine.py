@@ -49,7 +49,7 @@ class _Request:
     job: EncodeJob
     documents: Sequence[Document]
     parameter: str
-    skipped: int  # tokens of each text that are not pooled
+    skipped: Sequence[int]  # tokens of each text that are not pooled
     dimensions: int | None
     tenant: str
     values: Floats
@@ -133,16 +133,13 @@ class EncoderEngine:
 
         Raises `WrongCapability`, `InvalidRequest`, `InputTooLong`, `QueueFull`, `EngineClosed`, `EngineDead`.
         """
-        found = self._read(request)
-        id = next(self._ids)
-        found.job = EncodeJob(id, self._abort)
-        found.on_done = on_done
         shared = self._shared
         with shared.changed:
-            self._check_open()
-            if len(shared.requests) >= self.config.max_waiting:
-                wait_s = min(60.0, max(1.0, self._mean_request_s))
-                raise QueueFull(len(shared.requests), retry_after_s=wait_s)
+            self._check_room()  # before the work of tokenising, which a full engine would do in vain
+        id = next(self._ids)
+        found = self._read(request, EncodeJob(id, self._abort), on_done)
+        with shared.changed:
+            self._check_room()
             shared.requests[id] = found
             shared.inbox.append((id, found))
             shared.changed.notify()
@@ -189,11 +186,11 @@ class EncoderEngine:
     def __exit__(self, *_: object) -> None:
         self.close(drain=False)
 
-    def _read(self, request: EncodeRequest) -> _Request:
+    def _read(self, request: EncodeRequest, job: EncodeJob, on_done: Callable[[], None] | None) -> _Request:
         if isinstance(request, RerankRequest):
             self._check_capability("rerank")
             documents = self.tokenizer.pairs(request.query, request.documents, request.max_document_tokens)
-            parameter, skipped, dimensions = "documents", 0, None
+            parameter, skipped, dimensions = "documents", [0] * len(documents), None
         else:
             self._check_capability("embeddings")
             if request.dimensions is not None and request.dimensions > self.width:
@@ -201,15 +198,17 @@ class EncoderEngine:
                 raise invalid("dimensions", None, reason)
             prompt = self._prompt(request)
             documents = self._documents(request, prompt)
-            skipped = self.tokenizer.prefix_length(prompt) if prompt and not self.recipe.pools_prompt else 0
+            of_prompt = self.tokenizer.prefix_length(prompt) if prompt and not self.recipe.pools_prompt else 0
+            # Token ids are taken as they are: no prompt stands before them.
+            skipped = [of_prompt if isinstance(item, str) else 0 for item in request.inputs]
             parameter, dimensions = "input", request.dimensions
         for index, document in enumerate(documents):
-            if not skipped < len(document.tokens) <= self.max_tokens:
-                if not document.tokens:
-                    raise invalid(parameter, index, "has no tokens: write something")
+            if len(document.tokens) <= skipped[index]:
+                raise invalid(parameter, index, "has no tokens: write something")
+            if len(document.tokens) > self.max_tokens:
                 raise InputTooLong(parameter, index, limit=self.max_tokens, actual=len(document.tokens))
         return _Request(
-            job=EncodeJob(-1, self._abort),
+            job=job,
             documents=documents,
             parameter=parameter,
             skipped=skipped,
@@ -218,7 +217,7 @@ class EncoderEngine:
             values=np.empty((len(documents), self.width), np.float32),
             remaining=len(documents),
             submitted_s=self._clock.monotonic_s(),
-            on_done=None,
+            on_done=on_done,
         )
 
     def _prompt(self, request: EmbeddingRequest) -> str:
@@ -248,6 +247,13 @@ class EncoderEngine:
     def _check_capability(self, wanted: Capability) -> None:
         if wanted != self.capability:
             raise WrongCapability(self.name, wanted=wanted, has=self.capability)
+
+    def _check_room(self) -> None:
+        """Under the condition. Raises unless the encoder takes one more request."""
+        self._check_open()
+        waiting = len(self._shared.requests)
+        if waiting >= self.config.max_waiting:
+            raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, self._mean_request_s)))
 
     def _check_open(self) -> None:
         if self._shared.death is not None:
@@ -333,7 +339,8 @@ class EncoderEngine:
         requests = [self._shared.requests[place.request] for place in places]
         try:
             rows = self._runner.encode(
-                [self._document(place) for place in places], [request.skipped for request in requests]
+                [self._document(place) for place in places],
+                [request.skipped[place.index] for request, place in zip(requests, places, strict=True)],
             )
         except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the texts in it
             if len(places) > 1:

@@ -114,6 +114,16 @@ def scaled(y_TI, scales_T, lows_T, sums_I, bias_I):  # type: ignore[no-untyped-d
 
 
 @njit(**_compiled)
+def gelu(y_TI, scales_T, lows_T, sums_I, bias_I):  # type: ignore[no-untyped-def]
+    """y = gelu(y * scale + low * sums + bias), in place."""
+    for t in range(len(y_TI)):
+        scale, low = scales_T[t], lows_T[t]
+        y_I = y_TI[t]
+        for i in range(len(bias_I)):
+            y_I[i] = _gelu(y_I[i] * scale + (low * sums_I[i] + bias_I[i]))
+
+
+@njit(**_compiled)
 def gelu_to_bytes(y_TI, scales_T, lows_T, sums_I, bias_I, factors_I, bytes_TI):  # type: ignore[no-untyped-def]
     """gelu(y * scale + low * sums + bias) * factors as bytes; y is overwritten; scales and lows become the bytes'."""
     for t in range(len(y_TI)):

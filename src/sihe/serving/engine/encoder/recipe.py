@@ -93,6 +93,13 @@ def read_recipe(folder: Path) -> Recipe:
         raise UnsupportedModel(MODULES, [kind for kind, _ in modules], "a Pooling")
     limits = _json(root / "sentence_bert_config.json", optional=True)
     texts = _json(folder / "config_sentence_transformers.json", optional=True)
+    prompts, default = _prompts(texts.get("prompts")), texts.get("default_prompt_name")
+    if default is not None and not (isinstance(default, str) and default in prompts):
+        raise ConfigError(
+            f"config_sentence_transformers.json: default_prompt_name is one of its prompts "
+            f"({', '.join(prompts) or 'none'}), got {default!r}",
+            key="default_prompt_name",
+        )
     return Recipe(
         folder=root,
         pooling=pooling,
@@ -100,8 +107,8 @@ def read_recipe(folder: Path) -> Recipe:
         normalise=normalise,
         max_tokens=_limit(limits.get("max_seq_length")),
         lower_case=bool(limits.get("do_lower_case", False)),
-        prompts=_prompts(texts.get("prompts")),
-        default_prompt=texts.get("default_prompt_name"),
+        prompts=prompts,
+        default_prompt=default,
         pools_prompt=pools_prompt,
     )
 
@@ -126,7 +133,8 @@ def _pooling(values: Mapping[str, Any]) -> Pooling:
     chosen = [mode] if isinstance(mode, str) else mode
     if chosen is None:
         chosen = [name for name in _FLAGS if values.get(name)]
-    names = [_FLAGS.get(name) or _NAMES.get(name) for name in chosen]
+    known = _FLAGS | _NAMES
+    names = [known.get(str(name)) for name in chosen] if isinstance(chosen, list) else [None]
     if len(names) != 1 or names[0] is None:
         raise UnsupportedModel("pooling_mode", chosen, "one of " + ", ".join(_NAMES))
     return names[0]

@@ -24,7 +24,7 @@ from sihe.models.transformer import Transformer
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.encoder.attention import DocumentAttention
 from sihe.serving.engine.encoder.recipe import Recipe, is_sentence_transformer, read_recipe
-from sihe.serving.engine.encoder.tails import EmbeddingTail, Layout, ScoreTail, Tail
+from sihe.serving.engine.encoder.tails import EmbeddingTail, FirstTail, Layout, ScoreTail, Tail
 from sihe.serving.engine.encoder.types import Document, Floats
 from sihe.serving.engine.memory import available_bytes
 from sihe.serving.errors import NoMemory
@@ -32,7 +32,7 @@ from sihe.serving.errors import NoMemory
 if TYPE_CHECKING:
     from sihe.serving.engine.encoder.quantised import ByteTrunk
 
-_PROBE_TEXTS, _PROBE_TOKENS = 16, 32  # of random tokens, on which quantised answers are compared
+_PROBE_LENGTHS = (6, 12, 24, 48) * 6  # of texts of random tokens, on which quantised answers are compared
 
 
 def is_encoder(folder: Path) -> bool:
@@ -82,9 +82,10 @@ class EncoderRunner:
     def quantise(self) -> float | None:
         """Computes the products in bytes from now on, where that is faster here; the lowest cosine of its answers.
 
-        It is taken between answers to texts of random tokens before and after. None where float32 is faster.
+        It is taken between answers to texts of random tokens before and after; a reranker's are vectors of a pair's
+        first token here, as its scores are single numbers. None where float32 is faster, or bytes are too far from it.
         """
-        from sihe.serving.engine.encoder.quantised import ByteTrunk, is_faster
+        from sihe.serving.engine.encoder.quantised import LEAST_COSINE, ByteTrunk, is_faster, widen_worst
 
         assert isinstance(self.trunk, Encoder)
         in_bytes = ByteTrunk(self.trunk)
@@ -93,19 +94,35 @@ class EncoderRunner:
             log.info("encoder_stays_float32", reason="products of bytes are slower on this machine")
             return None
         generator = torch.Generator().manual_seed(1)
-        shape = (_PROBE_TEXTS, min(_PROBE_TOKENS, self.max_tokens))
-        tokens = torch.randint(self.trunk.config.vocab_size, shape, generator=generator).tolist()
-        probes, skipped = [Document(text) for text in tokens], [0] * _PROBE_TEXTS
-        exact = torch.from_numpy(self.encode(probes, skipped))
+        probes = [
+            Document(torch.randint(self.trunk.config.vocab_size, (length,), generator=generator).tolist())
+            for length in (min(length, self.max_tokens) for length in _PROBE_LENGTHS)
+        ]
+        skipped = [0] * len(probes)
+        tail: Tail = FirstTail(self.trunk.config.hidden_size) if self.tail.capability == "rerank" else self.tail
+        exact = torch.from_numpy(self._encode(probes, skipped, tail))
+
+        def cosines() -> Floats:
+            rough = torch.from_numpy(self._encode(probes, skipped, tail))
+            values: Floats = torch.nn.functional.cosine_similarity(exact, rough).numpy()
+            return values
+
         self.in_bytes = in_bytes
-        rough = torch.from_numpy(self.encode(probes, skipped))
-        cosine = float(torch.nn.functional.cosine_similarity(exact, rough).min())
-        self.trunk.blocks = torch.nn.ModuleList()  # their weights are held in bytes now
-        log.info("encoder_quantised", lowest_cosine=round(cosine, 5))
-        return cosine
+        lowest = widen_worst(in_bytes, cosines)
+        if not lowest >= LEAST_COSINE:  # no number either
+            self.in_bytes = None
+            log.warning("encoder_stays_float32", reason="bytes are too far from it", lowest_cosine=round(lowest, 5))
+            return None
+        self.trunk.blocks = torch.nn.ModuleList()  # their weights are held in bytes now, but for those of wide parts
+        in_bytes.settle()
+        log.info("encoder_quantised", lowest_cosine=round(lowest, 5), float32_products=len(in_bytes.wide))
+        return lowest
 
     def encode(self, documents: Sequence[Document], skipped: Sequence[int]) -> Floats:
         """A row for each document, in their order, [N, W]; `skipped` counts the tokens of each that are not pooled."""
+        return self._encode(documents, skipped, self.tail)
+
+    def _encode(self, documents: Sequence[Document], skipped: Sequence[int], tail: Tail) -> Floats:
         shape = self.trunk.config
         order = sorted(range(len(documents)), key=lambda index: len(documents[index].tokens))
         ordered = [documents[index] for index in order]
@@ -122,7 +139,7 @@ class EncoderRunner:
                 x_TD = self.in_bytes.hidden(tokens_1T, positions_1T, attend, types_1T)
             else:
                 x_TD = self.trunk.hidden(tokens_1T, positions_1T, attend, types_BT=types_1T)[0]
-            answer_NW = self.tail(x_TD, Layout.of(lengths, [skipped[index] for index in order]))
+            answer_NW = tail(x_TD, Layout.of(lengths, [skipped[index] for index in order]))
             rows_NW = torch.empty_like(answer_NW)
             rows_NW[torch.tensor(order)] = answer_NW
         values: Floats = rows_NW.numpy()

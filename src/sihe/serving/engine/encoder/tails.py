@@ -93,6 +93,19 @@ class EmbeddingTail:
                 return sum_ND / (count_N1.sqrt() if mode == "mean_sqrt" else count_N1)
 
 
+class FirstTail:
+    """The hidden state of a document's first token, from which a reranker's score is made: what bytes change of it."""
+
+    capability: Capability = "embeddings"
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """The vector of each document."""
+        return x_TD[layout.starts].float()
+
+
 class ScoreTail:
     """The score of a reranker: the logistic function of its one logit, so that it lies in 0..1."""
 
