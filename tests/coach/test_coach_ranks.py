@@ -47,6 +47,18 @@ def test_an_answer_comes_back_from_another_process() -> None:
     assert not is_running(answer["pid"])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors are chosen as Linux has it")
+@pytest.mark.parametrize(("processors", "threads"), [(1, 1), (None, 3)])
+def test_there_are_no_more_threads_than_processors(processors: int | None, threads: int) -> None:
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, sorted(mine)[:processors])  # what is started here may use no others either
+        (answer,) = run_ranks("support.coach_targets:echo", {"word": ""}, world_size=1, limit_s=60, threads=3)
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert answer["threads"] == min(threads, len(mine))
+
+
 def test_a_lab_that_takes_too_long_is_stopped_and_leaves_nothing(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     with pytest.raises(LabTimeout, match=r"stopped after 3 s while ranks \[0\] were running"):

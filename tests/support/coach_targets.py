@@ -9,7 +9,8 @@ from typing import Any
 
 
 def echo(rank: int, world_size: int, *, word: str) -> dict[str, Any]:
-    return {"rank": rank, "of": world_size, "word": word, "pid": os.getpid()}
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    return {"rank": rank, "of": world_size, "word": word, "pid": os.getpid(), "threads": threads}
 
 
 def sleep_for_ever(rank: int, world_size: int, *, pid_file: str) -> None:

@@ -33,6 +33,9 @@ def run_ranks(
 ) -> list[Any]:
     """What `target` ("module:function") returns in each of `world_size` processes of `threads` threads, by rank.
 
+    There are no more threads than processors that this process may use: two that take turns on one measure its
+    scheduler.
+
     The function is called as `function(rank, world_size, **arguments)`; arguments and answers are JSON values. With
     more than one rank a gloo process group is open. Raises `LabFailed` with the words of the rank that failed first,
     and `LabTimeout` after `limit_s` seconds.
@@ -57,10 +60,15 @@ def run_ranks(
         return [json.loads(file.read_text(encoding="utf-8")) for file in answers]
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start(folder: Path, rank: int, threads: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(min(threads, cores())),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",  # without it gloo resolves the host's name
     }
     with (folder / f"words-{rank}").open("wb") as words:

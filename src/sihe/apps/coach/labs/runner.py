@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from sihe.apps.coach.errors import LabFailed
+from sihe.apps.coach.labs.ranks import cores
 from sihe.apps.coach.labs.types import Claim, Lab, LabResult, Measurement
 from sihe.apps.coach.schema import Text
 
@@ -75,7 +76,7 @@ def machine() -> dict[str, str]:
     load = {"load": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(os.cpu_count() or 0),
+        "cores": str(cores()),
         "python": platform.python_version(),
         **load,
     }
