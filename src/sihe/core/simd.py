@@ -127,11 +127,12 @@ class _Memory:
         value.align = 1
         return value
 
-    def prefetch(self, address: Value, *, to_write: bool = False) -> None:
-        """Asks for what lies at `address`, which may be anywhere."""
+    def prefetch(self, address: Value, *, to_write: bool = False, near: bool = True) -> None:
+        """Asks for what lies at `address`, which may be anywhere; unless `near` into the second cache only."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = self.b.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        self.b.call(function, [self.b.inttoptr(address, I8.as_pointer()), I32(int(to_write)), I32(3), I32(1)])
+        given = (I32(int(to_write)), I32(3 if near else 2), I32(1))
+        self.b.call(function, [self.b.inttoptr(address, I8.as_pointer()), *given])
 
     def store(self, value: Value, address: Value) -> None:
         """Puts `value` at `address`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sihe.models.config import ModelConfig
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, blocks_of
+from sihe.serving.engine.large_pages import zeros
 from sihe.serving.errors import NoMemory
 
 
@@ -84,10 +85,10 @@ def _padded(width: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Zeros; on a CPU such that the system maps lazily (`calloc`), where `torch.zeros` would touch every page.
+    """Zeros; on a CPU such that the system maps lazily, where `torch.zeros` would touch every page.
 
     Zeros, because attention reads to the end of a block under a mask, and what is masked must still be finite.
     """
     if device is not None and device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(zeros((math.prod(shape) * dtype.itemsize,), np.uint8)).view(dtype).view(shape)

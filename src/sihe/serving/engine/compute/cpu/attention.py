@@ -130,7 +130,9 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
         begins = tile * TILE_TOKENS
         key_pages = step[8] + 8 * (feed * step[10] + tile * TILE_PAGES)
         value_pages = step[9] + 8 * (feed * step[10] + tile * TILE_PAGES)
-        _score(kind, queries, q_s, rows, key_pages, op[7] + head * op[8], size, scores)
+        _score(
+            kind, queries, q_s, rows, key_pages, op[7] + head * op[8], size, scores, value_pages, op[9] + head * op[10]
+        )
         for row in range(rows):
             position = start + (begin + row) // group
             first = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
@@ -144,7 +146,11 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
                 for i in range(width):
                     total[row * width + i] *= factor
         seen = min(TILE_TOKENS, newest + 1 - begins)
-        _mix(kind, scores, rows, value_pages, op[9] + head * op[10], seen, op[11], sums, width)
+        next_pages = key_pages + 8 * TILE_PAGES if tile < newest // TILE_TOKENS else key_pages
+        _mix(
+            kind, scores, rows, value_pages, op[9] + head * op[10], seen, op[11], sums, width,
+            next_pages, op[7] + head * op[8],
+        )  # fmt: skip
     for row in range(rows):
         token = firsts[feed] + (begin + row) // group
         out = float32_at(op[13] + token * op[14] + 4 * size * (head * group + (begin + row) % group))
@@ -154,50 +160,64 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
 
 
 @compiled
-def _score(kind: int, q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int) -> None:
+def _score(
+    kind: int, q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int, then: int, then_in: int
+) -> None:
+    """Scores of all rows over a tile's pages of keys; its values, at `then`, are fetched meanwhile."""
     s = 4 * TILE_TOKENS
     at = 0
     while at < rows:
         left, qa, sa = rows - at, q + at * q_s, scores + at * s
         if kind == 0:
             if left >= 12:
-                _SCORE_F32_12(qa, q_s, pages, inside, size, sa, s)
-                _SCORE_F32_12(qa, q_s, pages + 16, inside, size, sa + 128, s)
+                _SCORE_F32_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                _SCORE_F32_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
                 at += 12
             elif left >= 6:
-                _SCORE_F32_6(qa, q_s, pages, inside, size, sa, s)
+                _SCORE_F32_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
                 at += 6
             elif left >= 3:
-                _SCORE_F32_3(qa, q_s, pages, inside, size, sa, s)
+                _SCORE_F32_3(qa, q_s, pages, inside, size, sa, s, then, then_in)
                 at += 3
             elif left >= 2:
-                _SCORE_F32_2(qa, q_s, pages, inside, size, sa, s)
+                _SCORE_F32_2(qa, q_s, pages, inside, size, sa, s, then, then_in)
                 at += 2
             else:
-                _SCORE_F32_1(qa, q_s, pages, inside, size, sa, s)
+                _SCORE_F32_1(qa, q_s, pages, inside, size, sa, s, then, then_in)
                 at += 1
         elif left >= 12:
-            _SCORE_BF16_12(qa, q_s, pages, inside, size, sa, s)
-            _SCORE_BF16_12(qa, q_s, pages + 16, inside, size, sa + 128, s)
+            _SCORE_BF16_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
+            _SCORE_BF16_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
             at += 12
         elif left >= 6:
-            _SCORE_BF16_6(qa, q_s, pages, inside, size, sa, s)
+            _SCORE_BF16_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
             at += 6
         elif left >= 3:
-            _SCORE_BF16_3(qa, q_s, pages, inside, size, sa, s)
+            _SCORE_BF16_3(qa, q_s, pages, inside, size, sa, s, then, then_in)
             at += 3
         elif left >= 2:
-            _SCORE_BF16_2(qa, q_s, pages, inside, size, sa, s)
+            _SCORE_BF16_2(qa, q_s, pages, inside, size, sa, s, then, then_in)
             at += 2
         else:
-            _SCORE_BF16_1(qa, q_s, pages, inside, size, sa, s)
+            _SCORE_BF16_1(qa, q_s, pages, inside, size, sa, s, then, then_in)
             at += 1
 
 
 @compiled
 def _mix(
-    kind: int, p: int, rows: int, pages: int, inside: int, tokens: int, token_s: int, out: int, width: int
+    kind: int,
+    p: int,
+    rows: int,
+    pages: int,
+    inside: int,
+    tokens: int,
+    token_s: int,
+    out: int,
+    width: int,
+    then: int,
+    then_in: int,
 ) -> None:
+    """Adds what all rows take of a tile's values; the keys of the next one, at `then`, are fetched meanwhile."""
     p_s, out_s = 4 * TILE_TOKENS, 4 * width
     element = 4 if kind == 0 else 2
     at = 0
@@ -207,36 +227,41 @@ def _mix(
         dim = 0
         while dim < width:
             oa, ia = out + at * out_s + 4 * dim, inside + element * dim
+            na = then_in + 16 * element * dim
             if width - dim >= 64:
                 if kind == 0:
                     if taken == 6:
-                        _MIX_F32_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_F32_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                     elif taken == 3:
-                        _MIX_F32_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_F32_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                     elif taken == 2:
-                        _MIX_F32_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_F32_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                     else:
-                        _MIX_F32_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_F32_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 elif taken == 6:
-                    _MIX_BF16_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    _MIX_BF16_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 elif taken == 3:
-                    _MIX_BF16_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    _MIX_BF16_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 elif taken == 2:
-                    _MIX_BF16_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    _MIX_BF16_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 else:
-                    _MIX_BF16_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                    _MIX_BF16_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 dim += 64
             else:
                 if taken == 6:
                     if kind == 0:
-                        _MIX_F32_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_F32_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                     else:
-                        _MIX_BF16_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s)
+                        _MIX_BF16_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
                 else:
                     for row in range(taken):
                         if kind == 0:
-                            _MIX_F32_1_REST(pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s)
+                            _MIX_F32_1_REST(
+                                pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s, then, na
+                            )
                         else:
-                            _MIX_BF16_1_REST(pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s)
+                            _MIX_BF16_1_REST(
+                                pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s, then, na
+                            )
                 dim += 16
         at += taken

@@ -12,7 +12,7 @@ import math
 from enum import IntEnum
 from typing import Any
 
-from numba import int32, njit
+from numba import float32, int32, njit
 
 from sihe.core.simd import float32_at, int32_at, int64_at, uint16_at
 from sihe.serving.engine.compute.cpu.tiles import (
@@ -108,8 +108,8 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None
     block = max(tallest, _BLOCK_BYTES // x_s // tallest * tallest)
     for top in range(row, row + rows, block):
         end = min(top + block, row + rows)
-        # The first tile of a panel fetches it; the others share out the fetching of the next one.
-        sharing = (end - top) // tallest - 1
+        # The first tile of a panel fetches it; the other high ones share out the fetching of the next one.
+        sharing = (end - top + tallest // 3) // tallest - 1
         stride = (_STEP_BYTES + sharing - 1) // sharing if sharing > 0 else _STEP_BYTES
         for panel in range(first, last):
             w, b, out, sc = (
@@ -201,16 +201,16 @@ def norm_row(x: int, y: int, size: int, kind: int, weight: int, bias: int, eps: 
         for i in range(size):
             out[i] = source[i]
         return
-    mean = 0.0
+    mean = float32(0.0)
     if kind == 2:
         for i in range(size):
             mean += source[i]
-        mean /= size
-    square = 0.0
+        mean = float32(mean / size)
+    square = float32(0.0)
     for i in range(size):
         off = source[i] - mean
         square += off * off
-    factor = 1 / math.sqrt(square / size + eps)
+    factor = float32(1 / math.sqrt(square / size + eps))
     if kind == 1:
         for i in range(size):
             out[i] = source[i] * factor * w[i]

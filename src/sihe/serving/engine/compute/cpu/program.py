@@ -26,10 +26,10 @@ from sihe.models.moe import MixtureOfExperts
 from sihe.models.rope import RotaryTable
 from sihe.models.transformer import Block
 from sihe.serving.engine.compute.cpu.kernels import ACTIVATIONS, WIDTH, Code, Kind, NormKind
-from sihe.serving.engine.compute.cpu.pages import zeros
 from sihe.serving.engine.compute.cpu.tiles import GROUP, PANEL
 from sihe.serving.engine.compute.cpu.weights import Packed, pack
 from sihe.serving.engine.kv.storage import KvPages
+from sihe.serving.engine.large_pages import zeros
 
 Longs = NDArray[np.int64]
 TOKENS, WANTED, CHOICES = 0, 1, 2

@@ -32,6 +32,8 @@ ROWS = (12, 8, 4, 2, 1)
 """How many rows a tile can take: twelve rows of two sums each, beside the factors, fill the 32 registers."""
 ROWS_INT4 = (6, 4, 2, 1)
 """The same for int4, which sums a group in integers and then all groups in float32: four registers a row."""
+_MANY = 4
+"""Rows from which on weights are fetched into the second cache only: the first one is for the rows."""
 _HALVES = (0, 64)  # bytes from one register of a panel's step to the next
 
 
@@ -51,7 +53,7 @@ def float_tile(rows: int, kind: str) -> Any:
         with t.loop(steps) as step:
             panel = t.at(weights, t.b.mul(step, I64(128)))
             for offset in _HALVES:
-                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset))
+                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset), near=rows < _MANY)
             if depth == 1:
                 columns = [[t.load(t.at(panel, offset), F32X16) for offset in _HALVES]]
             else:
@@ -88,7 +90,7 @@ def int8_tile(rows: int) -> Any:
         with t.loop(steps) as step:
             panel = t.at(weights, t.b.mul(step, I64(128)))
             for offset in _HALVES:
-                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset))
+                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset), near=rows < _MANY)
             columns = [t.load(t.at(panel, offset), I32X16) for offset in _HALVES]
             offset = t.b.mul(step, I64(4))
             for row in range(rows):
@@ -127,7 +129,7 @@ def int4_tile(rows: int) -> Any:
             for step in range(GROUP // 8):
                 place = t.b.mul(t.b.add(t.b.mul(group, I64(GROUP // 8)), I64(step)), ahead_stride)
                 for offset in _HALVES:
-                    t.prefetch(t.at(ahead, place, offset))
+                    t.prefetch(t.at(ahead, place, offset), near=rows < _MANY)
                 packed = [t.load(t.at(panel, 128 * step, offset), I32X16) for offset in _HALVES]
                 low = [t.b.and_(value, t.constant(0x0F0F0F0F, I32X16)) for value in packed]
                 shifted = [t.b.lshr(value, t.constant(4, I32X16)) for value in packed]
@@ -159,18 +161,22 @@ def score_tile(rows: int, pages: int, kind: str) -> Any:
     """scores[row, 16 page + token] = q[row] · k[token] over neighbouring pages of keys [D, 16].
 
     Arguments: q, its stride, the addresses of the pages (int64 each), the bytes from a page's address to its keys, D,
-    scores, their stride.
+    scores, their stride, and pages that are wanted next and fetched meanwhile: their addresses, and the bytes from
+    these.
     """
     element, size = _KINDS[kind]
 
     def emit(t: Tile, given: list[Value]) -> None:
-        q, q_stride, page_list, inside, dims, scores, stride = given
+        q, q_stride, page_list, inside, dims, scores, stride, next_list, next_inside = given
         at = [t.at(t.load(t.at(page_list, 8 * page), I64), inside) for page in range(pages)]
+        next_at = [t.at(t.load(t.at(next_list, 8 * page), I64), next_inside) for page in range(pages)]
         sums = [[t.variable(t.constant(0.0)) for _ in range(pages)] for _ in range(rows)]
         q_at = [t.at(q, t.b.mul(q_stride, I64(row))) for row in range(rows)]
         with t.loop(dims) as dim:
             offset = t.b.mul(dim, I64(LANES * size))
             keys = [t.widened(t.at(address, offset), element) for address in at]
+            for address in next_at:
+                t.prefetch(t.at(address, offset))
             for row in range(rows):
                 factor = t.broadcast(t.at(q_at[row], t.b.mul(dim, I64(4))), F32)
                 for page, key in enumerate(keys):
@@ -180,20 +186,20 @@ def score_tile(rows: int, pages: int, kind: str) -> Any:
                 place = t.at(scores, t.b.mul(stride, I64(row)), 4 * LANES * page)
                 t.store(t.get(sums[row][page]), place)
 
-    return tile(emit, "i" * 7)
+    return tile(emit, "i" * 9)
 
 
 def mix_tile(rows: int, vectors: int, kind: str) -> Any:
     """out[row] += sum over tokens of p[row, token] v[token], for 16 * `vectors` dims, over pages of values [16, V].
 
     Arguments: p, its stride, the addresses of the pages, the bytes from a page's address to these dims, how many
-    tokens, the bytes from one token's values to the next one's, out, its stride. What lies behind the last token is not
-    read.
+    tokens, the bytes from one token's values to the next one's, out, its stride, and pages that are wanted next, as
+    with `score_tile`. What lies behind the last token is not read.
     """
     element, size = _KINDS[kind]
 
     def emit(t: Tile, given: list[Value]) -> None:
-        p, p_stride, page_list, inside, tokens, token_stride, out, out_stride = given
+        p, p_stride, page_list, inside, tokens, token_stride, out, out_stride, next_list, next_inside = given
         out_at = [t.at(out, t.b.mul(out_stride, I64(row))) for row in range(rows)]
         sums = [
             [t.variable(t.load(t.at(address, 4 * LANES * vector), F32X16)) for vector in range(vectors)]
@@ -202,12 +208,16 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
         p_at = [t.at(p, t.b.mul(p_stride, I64(row))) for row in range(rows)]
         with t.loop(t.b.udiv(t.b.add(tokens, I64(LANES - 1)), I64(LANES))) as page:
             base = t.at(t.load(t.at(page_list, t.b.mul(page, I64(8))), I64), inside)
+            next_at = t.at(t.load(t.at(next_list, t.b.mul(page, I64(8))), I64), next_inside)
             left = t.b.sub(tokens, t.b.mul(page, I64(LANES)))
             with t.loop(t.b.select(t.b.icmp_signed("<", left, I64(LANES)), left, I64(LANES))) as token:
                 values = [
                     t.widened(t.at(base, t.b.mul(token, token_stride), LANES * size * vector), element)
                     for vector in range(vectors)
                 ]
+                fetched = LANES * size * vectors  # bytes: as many dims of a sixteenth of a page
+                for offset in range(0, fetched, 64):
+                    t.prefetch(t.at(next_at, t.b.mul(token, I64(fetched)), offset))
                 place = t.b.mul(t.b.add(t.b.mul(page, I64(LANES)), token), I64(4))
                 for row in range(rows):
                     factor = t.broadcast(t.at(p_at[row], place), F32)
@@ -217,7 +227,7 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
             for vector in range(vectors):
                 t.store(t.get(sums[row][vector]), t.at(out_at[row], 4 * LANES * vector))
 
-    return tile(emit, "i" * 8)
+    return tile(emit, "i" * 10)
 
 
 _KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2)}

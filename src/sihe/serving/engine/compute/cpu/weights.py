@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sihe.serving.engine.compute.cpu.kernels import Kind
-from sihe.serving.engine.compute.cpu.pages import moved
 from sihe.serving.engine.compute.cpu.support import WeightKind
 from sihe.serving.engine.compute.cpu.tiles import GROUP, PANEL
+from sihe.serving.engine.large_pages import moved
 
 KINDS: dict[WeightKind, Kind] = {
     "float32": Kind.FLOAT32,
