@@ -19,6 +19,7 @@ from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import Sender
+from sihe.serving.tables import deployments
 
 SETTINGS = EngineConfig(max_batch_size=4, token_budget=32, kv_cache_bytes=2_000_000)
 ASK = GenerationRequest(prompt=(5, 6, 7), max_tokens=3, temperature=0)
@@ -148,3 +149,25 @@ def test_nothing_is_loaded_by_who_waited_for_the_gateway_while_it_closed(own: Ga
     own.deploy("late", "tiny@1", settings=SETTINGS)
     own._synchronise()  # as one that had looked whether this serves before it was closed
     assert own.served() == ()
+
+
+def test_a_record_that_a_newer_version_wrote_stops_only_itself(
+    own: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "newer"):
+        own.deploy(name, "tiny@1", settings=SETTINGS)
+    own.start()
+    for name in ("good", "newer"):
+        own.wait_ready(name, timeout_s=30)
+    with own.workspace.records.transaction() as connection:
+        row = deployments.c.name == "newer"
+        connection.execute(deployments.update().where(row).values(settings={"speed": 3}))
+    for _ in range(3):
+        own.notify()
+    assert own.generate("newer", ASK).result(30).usage.completion_tokens == 3, "what serves goes on"
+    said = capsys.readouterr().out.count("deployment_unreadable")
+    assert 1 <= said <= 2, "once, by this gateway and by that of the house"
+    own.traffic.set_arm("good", "b", "tiny@2", 0.5)
+    assert "b" in own._live["good"].routes, "the others are followed"
+    own.remove("newer")
+    assert [status.name for status in own.served() if status.name != "tiny"] == ["good"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import stat
 import threading
 from datetime import UTC, datetime, timedelta
@@ -139,3 +140,25 @@ def test_long_texts_are_written_before_the_buffer_is_full(tmp_path: Path) -> Non
     assert written.wait(30)
     log.close()
     assert ({fate for fate, _ in fates}, sum(number for _, number in fates)) == ({"written"}, 33)
+
+
+def test_of_a_long_table_only_the_rows_that_are_shown_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RequestLog(tmp_path / "lake")
+    for number in random.Random(3).sample(range(400), 400):
+        log.offer(entry(number, text=True))
+    log.close()
+    reads: list[tuple[object, int]] = []
+    read_table = LakeTable.read
+
+    def heard(table: LakeTable, *args: object, **fields: object) -> object:
+        found = read_table(table, *args, **fields)  # type: ignore[arg-type]
+        reads.append((fields.get("columns"), found.num_rows))
+        return found
+
+    monkeypatch.setattr(LakeTable, "read", heard)
+    rows = read(tmp_path / "lake", deployment="chat", limit=7)
+    assert [row.request_id for row in rows] == [f"r{number}" for number in range(399, 392, -1)]
+    assert reads == [(["time"], 400), (None, 7)]
+    assert len(read(tmp_path / "lake", limit=1000)) == 400

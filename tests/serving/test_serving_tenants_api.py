@@ -185,6 +185,17 @@ def test_keys_are_made_changed_and_rotated_over_http(door: Door) -> None:
         assert post(path, **bad).status_code == status, (path, bad)
 
 
+def test_the_right_to_deploy_is_no_shell(door: Door, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    replicas = {"backend": {"kind": "openai", "command": f"touch {mark} {{port}}"}}
+    body = {"name": "shell", "target": "tiny@1", "replicas": replicas}
+    key = door.key("acme", Right.DEPLOY)
+    answer = door.http.post(f"{door.url}/api/deployments", json=body, headers={"authorization": f"Bearer {key}"})
+    assert answer.status_code == 403
+    assert "admin" in answer.text
+    assert not mark.exists()
+
+
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 

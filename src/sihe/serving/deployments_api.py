@@ -11,9 +11,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from sihe.core.errors import NotFound
+from sihe.core.errors import Forbidden, NotFound
 from sihe.serving.gateway.gateway import Gateway
-from sihe.serving.gateway.replicas.config import ReplicaConfig
+from sihe.serving.gateway.replicas.config import OpenAiBackend, ReplicaConfig
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
 from sihe.serving.gateway.traffic.request_log import RequestRecord
 from sihe.serving.gateway.traffic.rollout import Plan, Rollout
@@ -21,6 +21,7 @@ from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.types import CANARY, Sticky, TrafficPolicy
 from sihe.serving.gateway.types import DeploymentStatus
 from sihe.serving.tenants.http import caller_of
+from sihe.serving.tenants.types import Right
 
 _TARGET = "model@alias, model@3, or model for its newest version"
 _SETTINGS = "what differs from the defaults of its kind"
@@ -131,9 +132,12 @@ def _add_wishes(routes: APIRouter, gateway: Gateway) -> None:
         return gateway.status(name)
 
     @routes.post("/api/deployments", status_code=201, tags=["deployments"])
-    def create_deployment(body: DeployBody) -> DeploymentStatus:
-        """Deploys, or changes what a deployment follows."""
+    def create_deployment(body: DeployBody, request: Request) -> DeploymentStatus:
+        """Deploys, or changes what a deployment follows. `backend.command` needs the right `admin`."""
         replicas = ReplicaConfig.from_mapping(body.replicas) if body.replicas else None
+        backend = replicas.backend if replicas is not None else None
+        if isinstance(backend, OpenAiBackend) and backend.command and not caller_of(request).may(Right.ADMIN):
+            raise Forbidden("backend.command starts a program on the server: a key for it needs the right 'admin'")
         return gateway.deploy(body.name, body.target, settings=body.settings, replicas=replicas)
 
     @routes.delete("/api/deployments/{name}", status_code=204, tags=["deployments"])

@@ -183,10 +183,12 @@ def logs(
 
 
 def _show(report: ExperimentReport) -> None:
+    from sihe.serving.gateway.traffic.arm_stats import BUILT_IN
+
     rows: list[list[Any]] = []
     for one in report.arms:
         by_name = {metric.metric: metric for metric in one.metrics}
-        feedback = [metric for name, metric in by_name.items() if name not in _BUILT_IN]
+        feedback = [metric for name, metric in by_name.items() if name not in BUILT_IN]
         rows.append(
             [
                 one.arm,
@@ -204,9 +206,6 @@ def _show(report: ExperimentReport) -> None:
         terminal.say(
             "the split is not what was asked for: requests of an arm get lost, and no difference is to be believed"
         )
-
-
-_BUILT_IN = ("error", "latency_s", "ttft_s", "tpot_s", "completion_tokens")
 
 
 def _mark(metric: MetricReport | None) -> str:

@@ -34,6 +34,7 @@ from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Move, Rollout, RolloutState, decide
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import Sender
+from sihe.serving.gateway.turn import Turn
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Gateway:
         # Replaced whole when it changes, so that requests read it without a lock.
         self._live: dict[str, LiveDeployment] = {}
         self._notes: dict[str, str] = {}  # what rollouts wait for
+        self._unreadable: dict[str, str] = {}  # deployments whose record could not be read at the last look, and why
         self._closing: list[_Closing] = []
         self._reported: dict[str, DeploymentStatus] = {}
         self._next_report_s = 0.0
@@ -162,6 +164,21 @@ class Gateway:
         """
         return self._served(name).generate(request, sender, timeout_s=timeout_s)
 
+    def turn(
+        self,
+        name: str,
+        sender: Sender | None = None,
+        *,
+        tenant: str = "",
+        version: int | None = None,
+        weight: float = 1.0,
+    ) -> Turn:
+        """The way of a request to deployment `name`, whose model does not generate, through its arms and replicas.
+
+        `version` asks for the arm that serves it. Raises `NotFound`, `NotReady`.
+        """
+        return self._served(name).turn(sender, tenant=tenant, version=version, weight=weight)
+
     def route(self, name: str) -> Route:
         """The replicas of the stable version of deployment `name`. Raises `NotFound`, `NotReady`."""
         return self._served(name).stable
@@ -228,13 +245,15 @@ class Gateway:
         with self._synchronising:
             if self._stop.is_set():
                 return  # it was closed while this waited: nothing may be loaded any more
+            faults: dict[str, Exception] = {}
             try:
-                wanted = {deployment.name: deployment for deployment in self._store.all()}
+                wanted = {deployment.name: deployment for deployment in self._store.all(faults.__setitem__)}
                 rollouts = self.rollouts.active()
             except Exception as error:  # noqa: BLE001 - see above
                 self._log.warning("records_poll_failed", error=repr(error))
                 return
-            for name in self._live.keys() - wanted.keys():
+            self._note_unreadable(faults)
+            for name in self._live.keys() - wanted.keys() - faults.keys():  # what cannot be read is not wanted less
                 self._retire(name)
             for name, deployment in wanted.items():
                 try:
@@ -242,6 +261,12 @@ class Gateway:
                 except Exception as error:  # noqa: BLE001 - one deployment's trouble; the next poll tries again
                     self._log.error("deployment_not_followed", deployment=name, error=repr(error), exc_info=error)
             self._report()
+
+    def _note_unreadable(self, faults: Mapping[str, Exception]) -> None:
+        for name, error in faults.items():
+            if self._unreadable.get(name) != str(error):  # once, and not at every look
+                self._log.error("deployment_unreadable", deployment=name, error=str(error))
+        self._unreadable = {name: str(error) for name, error in faults.items()}
 
     def _update(self, deployment: Deployment, rollout: Rollout | None) -> None:
         live = self._follow(deployment, rollout)

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Row, select
 
 from sihe.core.clock import Clock
-from sihe.core.errors import AlreadyExists, NotFound
+from sihe.core.errors import AlreadyExists, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
@@ -94,10 +94,22 @@ class DeploymentStore:
             changed = change(row.adapters or {}) or None
             connection.execute(deployments.update().where(deployments.c.name == name).values(adapters=changed))
 
-    def all(self) -> list[Deployment]:
-        """Every deployment, by name."""
+    def all(self, on_fault: Callable[[str, Exception], None] | None = None) -> list[Deployment]:
+        """Every deployment, by name.
+
+        One that cannot be read, as a newer version wrote it, is told to `on_fault`; without that its error is raised.
+        """
+        found = []
         with self._records.snapshot() as connection:
-            return [_deployment(row) for row in connection.execute(select(deployments).order_by(deployments.c.name))]
+            rows = connection.execute(select(deployments).order_by(deployments.c.name)).all()
+        for row in rows:
+            try:
+                found.append(_deployment(row))
+            except UserError as error:
+                if on_fault is None:
+                    raise
+                on_fault(row.name, error)
+        return found
 
     def remove(self, name: str) -> None:
         """Forgets `name`. Raises `NotFound`."""

@@ -245,7 +245,11 @@ def _prompt_text(request: GenerationRequest) -> tuple[str, str]:
 def read(
     folder: Path, *, deployment: str | None = None, arm: str | None = None, limit: int | None = 100
 ) -> list[RequestRecord]:
-    """Logged requests, newest first; none where nothing was logged yet."""
+    """Logged requests, newest first; none where nothing was logged yet.
+
+    With a limit only the times of all rows are read, and the rest of those that are shown: a table that has grown for
+    months holds more text than there is memory.
+    """
     import pyarrow.compute as pc
 
     from sihe.data.lake.lake import Lake
@@ -257,6 +261,11 @@ def read(
     ]
     table: LakeTable = Lake(folder).table(TABLE)
     try:
+        if limit is not None:
+            times = table.read(columns=["time"], where=" AND ".join(conditions) or None)["time"]
+            if len(times) > limit:
+                oldest = pc.select_k_unstable(times, limit, [("", "descending")])[-1].as_py()
+                conditions.append(f"time >= '{times[oldest].as_py().isoformat(timespec='microseconds')}'")
         rows = table.read(where=" AND ".join(conditions) or None)
     except NotFound:
         return []
