@@ -21,7 +21,7 @@ _MB = 1e6
 
 
 def measure(parameters: Mapping[str, int | float], *, limit_s: float) -> Measurement:
-    """Exchanges two versions `swaps` times in each way while requests come at `rate`."""
+    """Exchanges two versions `swaps` times in each way, while requests come at `rate` or half of what can be answered."""
     swaps, layers, rate = int(parameters["swaps"]), int(parameters["layers"]), float(parameters["rate"])
     (found,) = run_ranks(
         "sihe.apps.coach.labs.hot_swap_ranks:swap",
@@ -50,7 +50,9 @@ def measure(parameters: Mapping[str, int | float], *, limit_s: float) -> Measure
             "stopped-failed": failed(ways["stopped"]),
             "stopped-cut": ways["stopped"]["cut"],
             "stopped-refused": ways["stopped"]["refused"],
-            "refused-modelled": rate * ways["stopped"]["away_s"],
+            "capacity": found["capacity_per_s"],
+            "rate": found["rate_per_s"],
+            "refused-modelled": found["rate_per_s"] * ways["stopped"]["away_s"],
             **{f"{way}-first": ways[way]["first_s"] * 1e3 for way in WAYS},
             "wait-calm": beside["calm_wait_s"] * 1e3,
             "wait-met": beside["met_wait_s"] * 1e3,

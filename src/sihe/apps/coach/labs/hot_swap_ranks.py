@@ -37,18 +37,20 @@ _NAME = "lab"
 _M_MMAP_THRESHOLD, _PIECE_BYTES = -3, 64 * 1024  # glibc's malloc.h
 _READY_S = 60.0
 _CONTEXT = 128
+_BATCH, _MOST_LOAD = 8, 0.5
 _PROMPT = (2, 5, 6, 14, 7, 8)  # tokens are drawn from so few that what they are does not matter
 _SETTINGS = EngineConfig(max_batch_size=16, token_budget=64, kv_cache_bytes=64 * 2**20)
 
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Two versions of one model, and what each answers alone."""
+    """Two versions of one model, what each answers alone, and how many answers a second one engine can give."""
 
     folders: Mapping[str, Path]
     alone: Mapping[str, tuple[int, ...]]
     request: GenerationRequest
     weight_bytes: int
+    capacity_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,11 @@ def swap(
     """What became of the requests in each way, and the memory that each took."""
     del rank, world_size
     _return_memory_at_once()
-    course = Course(swaps, rate_per_s, calm_s, between_s)
     with tempfile.TemporaryDirectory(prefix="sihe-lab-swap-") as name:
         versions = make_versions(Path(name), layers, width, tokens)
+        # A service that cannot keep up when nothing is exchanged would show its queue, and not the exchange.
+        rate_per_s = min(rate_per_s, _MOST_LOAD * versions.capacity_per_s)
+        course = Course(swaps, rate_per_s, calm_s, between_s)
         found = {
             "beside": by_gateway(Path(name, "home"), versions, course),
             "drained": by_restart(versions, course, drain=True),
@@ -89,6 +93,8 @@ def swap(
         "one_bytes": found["beside"].steady_bytes - found["beside"].empty_bytes,
         "extra_bytes": {key: run.peak_bytes - run.steady_bytes for key, run in found.items()},
         "weight_bytes": versions.weight_bytes,
+        "rate_per_s": rate_per_s,
+        "capacity_per_s": versions.capacity_per_s,
     }
 
 
@@ -97,7 +103,7 @@ def make_versions(folder: Path, layers: int, width: int, tokens: int) -> Version
     """Two models of one shape with different weights, written out, and each one's answer to the one request."""
     config = ModelConfig(32, width, layers, width // 64, width // 64, 64, 4 * width, _CONTEXT)
     request = GenerationRequest(prompt=_PROMPT, max_tokens=tokens, temperature=0, ignore_eos=True)
-    folders, alone, size = {}, {}, 0
+    folders, alone, size, capacity_per_s = {}, {}, 0, 0.0
     for version in (1, 2):
         name = f"{_NAME}@{version}"
         torch.manual_seed(version)
@@ -111,7 +117,16 @@ def make_versions(folder: Path, layers: int, width: int, tokens: int) -> Version
         size = sum(weight.nbytes for weight in model.parameters())
         with Engine.load(folders[name], _SETTINGS, name=name) as engine:
             alone[name] = engine.submit(request).result().token_ids
-    return Versions(folders, alone, request, size)
+            capacity_per_s = _answers_per_s(engine, request)
+    return Versions(folders, alone, request, size, capacity_per_s)
+
+
+def _answers_per_s(engine: Engine, request: GenerationRequest) -> float:
+    """Answers a second while a batch of them is asked for at once."""
+    start_s = time.perf_counter()
+    for stream in [engine.submit(request) for _ in range(_BATCH)]:
+        stream.result()
+    return _BATCH / (time.perf_counter() - start_s)
 
 
 @dataclass(frozen=True, slots=True)
