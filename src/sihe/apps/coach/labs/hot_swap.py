@@ -21,7 +21,7 @@ _MB = 1e6
 
 
 def measure(parameters: Mapping[str, int | float], *, limit_s: float) -> Measurement:
-    """Exchanges two versions `swaps` times in each way, while requests come at `rate` or half of what can be answered."""
+    """Exchanges two versions `swaps` times in each way, at `rate` requests a second or half of what can be answered."""
     swaps, layers, rate = int(parameters["swaps"]), int(parameters["layers"]), float(parameters["rate"])
     (found,) = run_ranks(
         "sihe.apps.coach.labs.hot_swap_ranks:swap",
