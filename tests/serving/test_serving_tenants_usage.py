@@ -228,3 +228,33 @@ def test_labels_are_bounded() -> None:
     assert text.count("sihe_tenant_requests_total{") == MAX_TENANT_LABELS + 1
     assert f'sihe_tenant_requests_total{{outcome="completed",tenant="{OTHERS}"}} 50.0' in text
     assert f'sihe_tenant_tokens_total{{kind="cached",tenant="{OTHERS}"}} 200.0' in text
+
+
+def test_a_database_that_hangs_keeps_no_request_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, go = threading.Event(), threading.Event()
+
+    class Hanging(UsageStore):
+        def __init__(self) -> None:
+            pass
+
+        def add(self, batch: object) -> None:
+            writing.set()
+            assert go.wait(30)
+
+        def tokens_since(self, scope: Scope, since: date) -> int:
+            return 7
+
+    monkeypatch.setattr("sihe.serving.tenants.ledger._PATIENCE_S", 0.05)
+    store, day = Hanging(), date(2026, 1, 1)
+    ledger = Ledger(lambda: store, FakeClock(), take_used=dict, touch=lambda _: None)
+    ledger.look_up(Scope("tenant", "known"), day)
+    writer = threading.Thread(target=ledger.flush)
+    writer.start()
+    assert writing.wait(30)
+    ledger.look_up(Scope("tenant", "known"), day)
+    assert ledger.spent(Scope("tenant", "known"), day) == 7
+    with pytest.raises(Unreachable):
+        ledger.look_up(Scope("tenant", "new"), day)
+    go.set()
+    writer.join()
+    ledger.look_up(Scope("tenant", "new"), day)

@@ -7,6 +7,7 @@ them is refused, as clients name them.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -104,6 +105,7 @@ class AdapterControl:
             self._deployments.remove_adapter(name, adapter)
         self._notify()
         self._delete(place)
+        shutil.rmtree(self._cache(place), ignore_errors=True)  # there is one where the object store is elsewhere
 
     def forget(self, name: str) -> None:
         """Deletes what is kept for a deployment that was removed."""
@@ -125,8 +127,10 @@ class AdapterControl:
 
     def folder_of(self, place: str) -> Path:
         """A local folder with the adapter's files. Raises `NotFound`, `Unreachable`."""
-        cache = self._workspace.path("serving", "adapters", place.rpartition("/")[2])
-        return self._workspace.objects.get_tree(place, cache)
+        return self._workspace.objects.get_tree(place, self._cache(place))
+
+    def _cache(self, place: str) -> Path:
+        return self._workspace.path("serving", "adapters", place.rpartition("/")[2])
 
     def _refuse_known(self, name: str, adapter: str) -> None:
         deployment = self._deployments.get(name)

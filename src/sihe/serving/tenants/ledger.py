@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime
 
 from sihe.core.clock import Clock
-from sihe.core.errors import SiheError
+from sihe.core.errors import SiheError, Unreachable
 from sihe.core.telemetry import logger
 from sihe.serving.tenants.limits import Scope
 from sihe.serving.tenants.usage import Account, Tally, UsageStore
@@ -21,6 +21,7 @@ from sihe.serving.tenants.usage import Account, Tally, UsageStore
 FLUSH_S = 1.0
 _RETRY_S = (1.0, 2.0, 5.0, 15.0)
 _SPENT_AGE_S = 2.0  # how long what other processes wrote may go unseen by a quota
+_PATIENCE_S = 5.0  # for records that another thread writes to, before a request is told that they are away
 _TOUCH_S = 60.0  # how exactly it is known when a key was last used
 
 Touch = Callable[[Mapping[str, datetime]], None]
@@ -160,7 +161,9 @@ class Ledger:
         if known is not None and self._clock.monotonic_s() - known[1] < _SPENT_AGE_S:
             return
         # A write in between would be counted twice, or not at all. Who knows something does not wait for it.
-        if not self._writing.acquire(blocking=known is None):
+        if not self._writing.acquire(timeout=_PATIENCE_S if known is None else 0):
+            if known is None:
+                raise Unreachable("the records database", f"nothing came for {_PATIENCE_S:g} s")
             return
         try:
             self._read_spent(scope, since, is_known=known is not None)

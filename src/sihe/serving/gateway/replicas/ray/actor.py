@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sihe.core.errors import NotFound
+from sihe.core.errors import ConfigError, NotFound
 from sihe.core.storage import ObjectStore
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import RequestStats, StepStats
@@ -38,14 +39,25 @@ class ModelFiles:
     prefix: str
 
     def fetch(self) -> Path:
-        """A folder of this node with the files. Raises `NotFound`, `Unreachable`."""
+        """A folder of this node with the files. Raises `NotFound`, `Unreachable`, `ConfigError`."""
         key = sha256(f"{self.store}/{self.prefix}".encode()).hexdigest()[:24]
-        cache = Path(tempfile.gettempdir()) / f"sihe-models-{getuser()}" / key
+        cache = _own_folder() / key
         try:
             return ObjectStore(self.store).get_tree(self.prefix, cache)
         except NotFound as error:
             hint = "a node of the cluster does not see it: set objects.url to a store that all nodes reach, such as S3"
             raise NotFound("object", f"{self.store}/{self.prefix}", hint=hint) from error
+
+
+def _own_folder() -> Path:
+    """Where this node keeps models. Nobody else may have made it: who can write there chooses the weights."""
+    folder = Path(tempfile.gettempdir()) / f"sihe-models-{getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{folder} on this node belongs to somebody else: remove it, or set TMPDIR there")
+    folder.chmod(0o700)
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
