@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -14,13 +14,13 @@ import numpy as np
 import openai
 import pytest
 
-from sihe.serving.encoding_api import Ticket, encode
 from sihe.serving.engine.encoder.engine import EncoderEngine
 from sihe.serving.engine.encoder.runner import EncoderRunner
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Floats
 from sihe.serving.engine.types import GenerationRequest
-from sihe.serving.errors import StreamClosed, WrongCapability
+from sihe.serving.errors import EncodingFailed, WrongCapability
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
 from support.tiny_encoders import tiny_embedder, tiny_reranker
 
 TEXTS = ["the quick fox", "a dog", "pack my box with five dozen jugs"]
@@ -61,7 +61,11 @@ def http(served: Gateway, server_url: str) -> Iterator[httpx.Client]:
 
 
 def expected(served: Gateway, *texts: str, **more: Any) -> Floats:
-    return encode(served, "embed", EmbeddingRequest(texts, **more), Ticket()).values
+    def ask(encoder: Any) -> Floats:
+        values: Floats = encoder.submit(EmbeddingRequest(texts, **more)).result(30).values
+        return values
+
+    return served.route("embed").call(ask)
 
 
 def test_the_client_gets_vectors_in_both_formats(client: openai.OpenAI, served: Gateway) -> None:
@@ -235,6 +239,61 @@ def test_versions_swap_under_load_and_each_answer_is_of_one(client: openai.OpenA
         np.testing.assert_allclose(rows, right[version], atol=1e-5)
 
 
+def test_versions_stand_beside_each_other_and_a_failing_canary_harms_nobody(
+    http: httpx.Client, served: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(session: str) -> tuple[str, str]:
+        answer = http.post("/v1/embeddings", json={"model": "embed", "input": TEXTS, "user": session})
+        assert answer.status_code == 200, answer.text
+        rows = np.array([item["embedding"] for item in answer.json()["data"]])
+        version = answer.headers["x-sihe-model-version"]
+        np.testing.assert_allclose(rows, right[version], atol=1e-5)
+        return answer.headers["x-sihe-arm"], version
+
+    def until(holds: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            served.notify()
+            if holds():
+                served.notify()
+                return
+            threading.Event().wait(0.01)
+        raise AssertionError("it did not come to hold")
+
+    def has_arm() -> bool:
+        return any(arm.name == "canary" and arm.version is not None for arm in served.status("embed").arms)
+
+    right = {"vectors@1": expected(served, *TEXTS)}
+    served.move_alias("vectors", "live", 2)
+    served.wait_ready("embed", timeout_s=60)
+    right["vectors@2"] = expected(served, *TEXTS)
+    served.move_alias("vectors", "live", 1)
+    served.wait_ready("embed", timeout_s=60)
+    gates = Gates(max_latency_ratio=None, max_ttft_ratio=None)
+    served.rollouts.start("embed", "vectors@2", Plan(steps=(Step(0.5, 1000, 0),), gates=gates))
+    until(has_arm)
+    first = {f"s{number}": ask(f"s{number}") for number in range(20)}
+    assert set(first.values()) == {("stable", "vectors@1"), ("canary", "vectors@2")}
+    assert first == {session: ask(session) for session in first}
+    submit = EncoderEngine.submit
+
+    def failing(self: EncoderEngine, request: Any, **more: Any) -> Any:
+        job = submit(self, request, **more)
+        if self.name == "vectors@2":
+            job.fail(EncodingFailed("input", 0, "its weights are wrong"))
+        return job
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderEngine, "submit", failing)
+        for number in range(100):
+            assert ask(f"t{number}")[0] == "stable"
+            served.notify()
+            if "embed" not in served.rollouts.active():
+                break
+    (rollout, *_) = served.rollouts.history("embed")
+    assert rollout.state is RolloutState.ROLLED_BACK
+    assert "requests failed" in rollout.reason
+
+
 def test_a_client_that_leaves_takes_its_texts_along(
     served: Gateway, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,10 +329,3 @@ def test_a_client_that_leaves_takes_its_texts_along(
         assert gone.wait(30)
     assert sum(computed) < 2000
     assert expected(served, "fox").shape == (1, 32)
-
-
-def test_a_ticket_that_is_closed_first_runs_nothing(served: Gateway) -> None:
-    ticket = Ticket()
-    ticket.close()
-    with pytest.raises(StreamClosed):
-        encode(served, "embed", EmbeddingRequest(("fox",)), ticket)

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
 from sihe.core.errors import NotFound, SiheError
-from sihe.serving.errors import NotReady
+from sihe.serving.errors import EngineClosed, NotReady
 from sihe.serving.predictive.api import error_response, router
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.metrics import PredictiveMetrics, PredictorMetrics
@@ -77,6 +77,33 @@ class Shelf:
         if name not in self.held and name not in self.broken:
             raise NotFound("deployment", name)
         return Held(self, name)
+
+    def turn(self, name: str, **_: object) -> Straight:
+        return Straight(self.route(name))
+
+
+@dataclass
+class Straight:
+    """The way of a request where there are no arms and no other replicas."""
+
+    held: Held
+    arm: str = "stable"
+    has_own_limit: bool = False
+
+    def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
+        return self.held.call(work)
+
+    def finished(self) -> None:
+        """It is the end."""
+
+    def failed(self, error: BaseException) -> bool:
+        return isinstance(error, EngineClosed)
+
+    def left(self) -> None:
+        """It is the end."""
+
+    def shown(self, error: BaseException) -> BaseException:
+        return error
 
 
 @dataclass(frozen=True)

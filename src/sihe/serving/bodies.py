@@ -12,32 +12,33 @@ from sihe.core.ids import new_id
 from sihe.serving.errors import SlowBody
 
 MAX_BODY_BYTES = 16 * 2**20
-BODY_TIMEOUT_S = 30.0  # 16 MiB at 4.5 Mbit/s
+BODY_TIMEOUT_S = 30.0  # 16 MiB at 4.5 Mbit/s; larger bounds have as much more
 _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, of at most `MAX_BODY_BYTES`, whatever its headers say. Raises `TooLarge`, `SlowBody`.
+async def read_body(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The body, of at most `max_bytes`, whatever its headers say. Raises `TooLarge`, `SlowBody`.
 
     A client that sends slowly holds a connection and what it has sent, no thread; and not for longer than
     `BODY_TIMEOUT_S`.
     """
+    timeout_s = BODY_TIMEOUT_S * max(1.0, max_bytes / MAX_BODY_BYTES)
     pieces: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             async for piece in request.stream():
                 size += len(piece)
-                if size > MAX_BODY_BYTES:
+                if size > max_bytes:
                     raise TooLarge(
-                        f"a body has at most {MAX_BODY_BYTES} bytes: send less",
-                        limit=MAX_BODY_BYTES,
+                        f"a body has at most {max_bytes} bytes: send less",
+                        limit=max_bytes,
                         actual=size,
                         unit="bytes",
                     )
                 pieces.append(piece)
     except TimeoutError as error:
-        raise SlowBody(BODY_TIMEOUT_S) from error
+        raise SlowBody(timeout_s) from error
     return b"".join(pieces)
 
 

@@ -1,14 +1,13 @@
 """/v1/embeddings and /v1/rerank over HTTP.
 
-A request waits on a thread of its own for its replica, which may be another one when the first is lost; tokenising and
-writing the answer happen there too, so that the event loop only parses and waits. A client that goes away takes its
-texts out of the queue.
+The event loop only parses and waits: tokenising and writing the answer happen on threads, and computing on the
+encoder's own. A request whose replica is lost goes to another one. A client that goes away takes its texts out of the
+queue.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
@@ -16,9 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter, Request, Response
 
 from sihe.core.ids import new_id
+from sihe.serving.bodies import request_id
+from sihe.serving.disconnect import CLIENT_GONE, unless_gone
 from sihe.serving.encoding_protocol import EmbeddingsBody, RerankBody
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded, RerankRequest
 from sihe.serving.errors import StreamClosed, WrongCapability
+from sihe.serving.generation_api import ARM_HEADER, REQUEST_HEADER, SESSION_HEADER, VERSION_HEADER
 from sihe.serving.protocol import parse
 from sihe.serving.tenants import estimate
 from sihe.serving.tenants.http import admit
@@ -28,16 +30,15 @@ if TYPE_CHECKING:
     from sihe.serving.engine.encoder.job import EncodeJob
     from sihe.serving.engine.encoder.ports import Encoder
     from sihe.serving.gateway.gateway import Gateway
+    from sihe.serving.gateway.turn import Turn
 
-VERSION_HEADER = "x-sihe-model-version"
-_CLIENT_GONE = 499  # nginx's status for it; nobody reads the answer
-_MAX_WAITING = 256  # threads; made when needed, and idle while they wait
+_THREADS = 32  # that tokenise, write answers, and wait for a replica that is on its way (of these, at most sixteen)
 ReadBody = Callable[[Request], Awaitable[bytes]]
 
 
 def add_encoding(routes: APIRouter, gateway: Gateway, read_body: ReadBody) -> None:
     """Adds the two routes. The application installs the errors' form."""
-    threads = ThreadPoolExecutor(_MAX_WAITING, thread_name_prefix="encoding")
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="encoding")
 
     @routes.post("/v1/embeddings", tags=["openai"], openapi_extra=_schema(EmbeddingsBody))
     async def create_embeddings(request: Request) -> Response:
@@ -52,46 +53,6 @@ def add_encoding(routes: APIRouter, gateway: Gateway, read_body: ReadBody) -> No
         return await _answered(request, gateway, threads, body, lambda encoded: body.answer(new_id("rerank"), encoded))
 
 
-class Ticket:
-    """One request to an encoder, which another thread may close at any time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._job: EncodeJob | None = None
-        self._closed = False
-
-    def run(self, encoder: Encoder, request: EmbeddingRequest | RerankRequest) -> Encoded:
-        """The answer. Blocks. Raises what the encoder raises, and `StreamClosed` once closed."""
-        job = encoder.submit(request)
-        with self._lock:
-            self._job, closed = job, self._closed
-        with job:
-            if closed:
-                job.close()
-            return job.result()
-
-    def close(self) -> None:
-        """Takes the request back. Safe to call again."""
-        with self._lock:
-            self._closed, job = True, self._job
-        if job is not None:
-            job.close()
-
-
-def encode(gateway: Gateway, name: str, request: EmbeddingRequest | RerankRequest, ticket: Ticket) -> Encoded:
-    """What deployment `name` makes of a request. Blocks. Raises `NotFound`, `NotReady`, `WrongCapability`, and what is
-    wrong with the request."""
-    wanted = "rerank" if isinstance(request, RerankRequest) else "embeddings"
-
-    def work(served: object) -> Encoded:
-        has = getattr(served, "capability", "generation")
-        if has != wanted:
-            raise WrongCapability(name, wanted=wanted, has=has)
-        return ticket.run(cast("Encoder", served), request)
-
-    return gateway.route(name).call(work, weight=float(_tokens(request)))
-
-
 async def _answered(
     request: Request,
     gateway: Gateway,
@@ -99,35 +60,58 @@ async def _answered(
     body: EmbeddingsBody | RerankBody,
     write: Callable[[Encoded], bytes],
 ) -> Response:
-    wanted = body.to_request("")
-    admission = await admit(request, body.model, prompt_tokens=_tokens(wanted))
-    ticket, tally = Ticket(), None
+    cost = _tokens(body.to_request(""))
+    admission = await admit(request, body.model, prompt_tokens=cost)
+    tally: Tally | None = None
     outcome: Outcome = "failed"
-
-    def work() -> tuple[Encoded, bytes]:
-        encoded = encode(gateway, body.model, body.to_request(admission.caller.tenant.name), ticket)
-        return encoded, write(encoded)
-
-    watch = asyncio.create_task(_close_when_gone(request, ticket))
     try:
-        encoded, content = await asyncio.get_running_loop().run_in_executor(threads, work)
+        tenant = admission.caller.tenant.name
+        id, session = request_id(request), body.user or request.headers.get(SESSION_HEADER)
+        turn = gateway.turn(body.model, request_id=id, session=session, tenant=tenant, weight=float(cost))
+        encoded = await _encoded(request, threads, turn, body.model, body.to_request(tenant))
         tally, outcome = Tally(requests=1, prompt_tokens=encoded.num_tokens), "completed"
-        headers = {**admission.headers, VERSION_HEADER: encoded.served_by}
-        return Response(content, media_type="application/json", headers=headers)
+        content = await asyncio.get_running_loop().run_in_executor(threads, write, encoded)
+        named = {REQUEST_HEADER: id, VERSION_HEADER: encoded.served_by, ARM_HEADER: turn.arm}
+        return Response(content, media_type="application/json", headers={**admission.headers, **named})
     except StreamClosed:
         outcome = "aborted"
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     finally:
-        watch.cancel()
-        ticket.close()
         admission.finish(tally, outcome)
 
 
-async def _close_when_gone(request: Request, ticket: Ticket) -> None:
-    """Takes the request back when the client disconnects."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-    ticket.close()
+async def _encoded(
+    request: Request,
+    threads: ThreadPoolExecutor,
+    turn: Turn,
+    name: str,
+    wanted: EmbeddingRequest | RerankRequest,
+) -> Encoded:
+    """What the deployment makes of a request. Raises `StreamClosed` when the client has gone."""
+    capability = "rerank" if isinstance(wanted, RerankRequest) else "embeddings"
+
+    def begin(served: object) -> EncodeJob:
+        has = getattr(served, "capability", "generation")
+        if has != capability:
+            raise WrongCapability(name, wanted=capability, has=has)
+        return cast("Encoder", served).submit(wanted)
+
+    try:
+        while True:
+            job = await asyncio.get_running_loop().run_in_executor(threads, turn.start, begin)
+            with job:
+                try:
+                    encoded = await unless_gone(request.receive, asyncio.ensure_future(job.result_async()))
+                except StreamClosed:
+                    raise
+                except Exception as error:
+                    if turn.failed(error):
+                        continue
+                    raise turn.shown(error) from error
+            turn.finished()
+            return encoded
+    finally:
+        turn.left()
 
 
 def _tokens(request: EmbeddingRequest | RerankRequest) -> int:

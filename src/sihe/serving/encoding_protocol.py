@@ -41,6 +41,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(min_length=1)
+    user: str | None = None
 
     def _refuse_unsupported(self) -> None:
         for name, neutral in _NEUTRAL.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sihe.core.errors import NotFound
-from sihe.core.ids import check_name
+from sihe.core.ids import check_name, new_id
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.core.workspace import Workspace
@@ -167,16 +167,19 @@ class Gateway:
     def turn(
         self,
         name: str,
-        sender: Sender | None = None,
         *,
+        request_id: str | None = None,
+        session: str | None = None,
         tenant: str = "",
         version: int | None = None,
         weight: float = 1.0,
     ) -> Turn:
         """The way of a request to deployment `name`, whose model does not generate, through its arms and replicas.
 
-        `version` asks for the arm that serves it. Raises `NotFound`, `NotReady`.
+        `session` says by what its sender is known again; `version` asks for the arm that serves it, and `weight` is how
+        much work it is beside others. Raises `NotFound`, `NotReady`.
         """
+        sender = Sender(request_id or new_id("req"), session)
         return self._served(name).turn(sender, tenant=tenant, version=version, weight=weight)
 
     def route(self, name: str) -> Route:

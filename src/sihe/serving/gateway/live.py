@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from sihe.serving.gateway.traffic.outcome import Observation, Outcome
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
-from sihe.serving.gateway.traffic.rollout import Rollout, RolloutState, Sight
+from sihe.serving.gateway.traffic.rollout import Rollout, Sight
 from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
 from sihe.serving.gateway.traffic.store import ExperimentStore
-from sihe.serving.gateway.traffic.types import SHADOW, STABLE, ArmStatus, Sender, sticky_key
+from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Sender, sticky_key
+from sihe.serving.gateway.turn import Turn
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
-
-Resolve = Callable[[str], ModelVersion]
+from sihe.serving.gateway.wants import Resolve, aim_of, arm_status, resolved, wants_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,11 @@ class LiveDeployment:
         """The routes by arm, the shadow's among them."""
         return self._routes
 
+    @property
+    def presence(self) -> Presence:
+        """How many callers' requests are in hand."""
+        return self._presence
+
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def generate(
@@ -115,13 +120,12 @@ class LiveDeployment:
         """Starts a request on its arm, or on the stable one. Raises `NotReady`, and what the engine raises."""
         sender = sender or Sender(new_id("req"))
         policy, experiment, shadow = self._deployment.traffic, self._experiment, self._shadow
-        key = sticky_key(policy, sender, request.tenant) or sender.request_id
-        order = ranking(experiment.split.weights, key, salt=f"{self.name}/{policy.salt}")
+        key, arm = self._dealt(sender, request.tenant, experiment)
         passage = _Passage(
             sender,
             key,
             request,
-            order[0] if order else STABLE,
+            arm,
             None if timeout_s is None else self._clock.monotonic_s() + timeout_s,
             counts=True,
             experiment=experiment,
@@ -154,6 +158,27 @@ class LiveDeployment:
         first.watch(handover.hear)
         return handover.answer
 
+    def turn(self, sender: Sender, *, tenant: str = "", version: int | None = None, weight: float = 1.0) -> Turn:
+        """The way of a request to a model that does not generate: start it, and say how it has ended.
+
+        Who names a `version` gets the arm that serves it, and what becomes of that counts for no arm. `weight` is how
+        much work it is beside others.
+        """
+        experiment = self._experiment
+        key, arm = self._dealt(sender, tenant, experiment)
+        if version is not None:
+            serving = (name for name, route in self._routes.items() if name != SHADOW)
+            arm = next((name for name in serving if self._routes[name].status().version == version), STABLE)
+        name = feedback_name(sender.request_id, tenant)
+        return Turn(self, experiment, arm, key, name=name, weight=weight, counts=version is None, clock=self._clock)
+
+    def _dealt(self, sender: Sender, tenant: str, experiment: Experiment) -> tuple[str, str]:
+        """By what a sender is known, and the arm that it gets."""
+        policy = self._deployment.traffic
+        key = sticky_key(policy, sender, tenant) or sender.request_id
+        order = ranking(experiment.split.weights, key, salt=f"{self.name}/{policy.salt}")
+        return key, order[0] if order else STABLE
+
     def _on_stable(self, passage: _Passage) -> GenerationStream:
         while True:
             route = self.stable
@@ -169,7 +194,7 @@ class LiveDeployment:
 
     def _instead(self, passage: _Passage) -> GenerationStream:
         """The stable arm answers for one that cannot."""
-        self._metrics.rerouted.labels(self.name, passage.arm).inc()
+        self.note_rerouted(passage.arm)
         return self._on_stable(replace(passage, arm=STABLE, counts=False))
 
     def _start(self, passage: _Passage, route: Route) -> GenerationStream:
@@ -210,18 +235,26 @@ class LiveDeployment:
     def _count(self, passage: _Passage, served_by: str, cluster: int, outcome: Outcome) -> None:
         if passage.counts:
             passage.experiment.record(passage.arm, outcome, cluster, passage.key)
-        self.pulse.record(passage.arm, outcome)
-        metrics, labels = self._metrics, (self.name, passage.arm)
-        metrics.requests.labels(*labels, outcome.ending).inc()
-        if outcome.ending == "finished":
-            metrics.latency.labels(*labels).observe(outcome.latency_s)
-            if outcome.ttft_s is not None:
-                metrics.ttft.labels(*labels).observe(outcome.ttft_s)
+        self.note_outcome(passage.arm, outcome)
         if passage.is_logged:
             self._request_log.offer(self._entry(passage.sender, passage.arm, served_by, passage.request, outcome))
         shadow = self._shadow
         if passage.is_copied and shadow is not None and outcome.ending == "finished":
             shadow.offer(passage.sender.request_id, passage.request, outcome)
+
+    def note_outcome(self, arm: str, outcome: Outcome) -> None:
+        """What became of a request on its arm, for those who watch."""
+        self.pulse.record(arm, outcome)
+        metrics, labels = self._metrics, (self.name, arm)
+        metrics.requests.labels(*labels, outcome.ending).inc()
+        if outcome.ending == "finished":
+            metrics.latency.labels(*labels).observe(outcome.latency_s)
+            if outcome.ttft_s is not None:
+                metrics.ttft.labels(*labels).observe(outcome.ttft_s)
+
+    def note_rerouted(self, arm: str) -> None:
+        """The stable arm answers for `arm`."""
+        self._metrics.rerouted.labels(self.name, arm).inc()
 
     def _entry(
         self,
@@ -249,8 +282,8 @@ class LiveDeployment:
 
     def follow(self, deployment: Deployment, rollout: Rollout | None, resolve: Resolve) -> list[Route]:
         """Makes the routes what is wanted; those that are wanted no more are returned, for the caller to close."""
-        wants = _wants(deployment, rollout)
-        versions, faults = _resolved(wants, resolve)
+        wants = wants_of(deployment, rollout)
+        versions, faults = resolved(wants, resolve)
         routes = dict(self._routes)
         self._adopt(routes, wants, versions)
         for arm, want in wants.items():
@@ -259,7 +292,7 @@ class LiveDeployment:
                 route = routes[arm] = self._new_route(want)
             if arm in versions:
                 route.aim(want, versions[arm])
-                self._aims[route] = _aim(want, versions[arm])
+                self._aims[route] = aim_of(want, versions[arm])
             else:
                 self._log.warning("registry_poll_failed", arm=arm, error=faults[arm])
                 route.fault(want, faults[arm])
@@ -286,7 +319,7 @@ class LiveDeployment:
         """
         if STABLE not in versions:
             return
-        wanted = _aim(wants[STABLE], versions[STABLE])
+        wanted = aim_of(wants[STABLE], versions[STABLE])
         if self._aims.get(routes[STABLE]) == wanted and routes[STABLE].is_ready:
             return
         for arm, route in routes.items():
@@ -350,7 +383,7 @@ class LiveDeployment:
         weights = {arm: weight for arm, weight in self._deployment.traffic.weights.items() if arm in wants}
         weights[STABLE] = 1 - math.fsum(weight for arm, weight in weights.items() if arm != STABLE)
         former = self._experiment.split.versions
-        versions = {arm: _serving(self._routes[arm]) or former.get(arm) for arm in weights}
+        versions = {arm: self._routes[arm].status().version or former.get(arm) for arm in weights}
         split = Split({arm: round(weight, 12) for arm, weight in weights.items()}, versions)
         if split == self._experiment.split:
             return
@@ -367,7 +400,7 @@ class LiveDeployment:
         """What is, as far as this process knows."""
         weights = self._experiment.split.weights
         arms = [
-            _arm_status(arm, route.status(), weights.get(arm, 0.0))
+            arm_status(arm, route.status(), weights.get(arm, 0.0))
             for arm, route in sorted(self._routes.items(), key=lambda item: (item[0] != STABLE, item[0]))
         ]
         return replace(self.stable.status(), arms=tuple(arms) if len(arms) > 1 else ())
@@ -426,67 +459,3 @@ class LiveDeployment:
 def feedback_name(request_id: str, tenant: str) -> str:
     """Under which a request waits for feedback: clients choose ids, and a tenant must not reach another's."""
     return f"{tenant}/{request_id}"
-
-
-def _wants(deployment: Deployment, rollout: Rollout | None) -> dict[str, Deployment]:
-    """What each arm shall follow, as a deployment of its own. A canary that is being promoted is the stable version."""
-    policy = deployment.traffic
-    wants = {STABLE: deployment}
-    promoted = rollout if rollout is not None and rollout.state is RolloutState.PROMOTING else None
-    if promoted is not None:
-        wants[STABLE] = replace(
-            deployment,
-            model=promoted.model,
-            selector=str(promoted.version),
-            settings=promoted.settings or deployment.settings,
-        )
-    least = replace(deployment.replicas, min_replicas=max(1, deployment.replicas.min_replicas))
-    for arm in policy.arms:
-        if promoted is None or arm.name != promoted.arm:
-            wants[arm.name] = replace(
-                deployment,
-                model=arm.model,
-                selector=arm.selector,
-                settings=arm.settings or deployment.settings,
-                replicas=least,
-            )
-    if policy.shadow is not None:
-        wants[SHADOW] = replace(
-            deployment,
-            model=policy.shadow.model,
-            selector=policy.shadow.selector,
-            settings=policy.shadow.settings or deployment.settings,
-            replicas=replace(least, min_replicas=1, max_replicas=1),
-        )
-    return wants
-
-
-def _resolved(wants: Mapping[str, Deployment], resolve: Resolve) -> tuple[dict[str, ModelVersion], dict[str, str]]:
-    """The versions that are wanted, and why some could not be found out."""
-    versions, faults = {}, {}
-    for arm, want in wants.items():
-        try:
-            versions[arm] = resolve(want.target)
-        except Exception as error:  # noqa: BLE001 - what serves goes on; the status shows it
-            faults[arm] = str(error)
-    return versions, faults
-
-
-def _aim(want: Deployment, version: ModelVersion) -> tuple[object, ...]:
-    return version.key, want.settings, want.replicas.backend
-
-
-def _serving(route: Route) -> int | None:
-    return route.status().version
-
-
-def _arm_status(arm: str, status: DeploymentStatus, weight: float) -> ArmStatus:
-    return ArmStatus(
-        arm,
-        status.target,
-        weight,
-        status.state.value,
-        status.version,
-        sum(replica.in_flight for replica in status.replicas),
-        status.error,
-    )

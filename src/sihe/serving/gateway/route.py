@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sihe.core.clock import Clock
-from sihe.core.errors import Busy, TransientError, UserError
+from sihe.core.errors import Busy, TransientError
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.stream import GenerationStream
@@ -26,6 +26,7 @@ from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.autoscaler import Observation, decide, initial
 from sihe.serving.gateway.replicas.config import Backend
 from sihe.serving.gateway.replicas.dispatcher import Dispatcher
+from sihe.serving.gateway.replicas.lease import Lease
 from sihe.serving.gateway.replicas.ports import Load, Served
 from sihe.serving.gateway.replicas.replacement import Member, Moves, Stage, next_moves
 from sihe.serving.gateway.replicas.replica import Replica
@@ -143,24 +144,32 @@ class Route:
         """
         tried: set[int] = set()
         while True:
-            replica = self._requests.obtain(work=weight, avoid=frozenset(tried))
-            tried.add(replica.id)
-            replica.ledger.take(weight, self._clock.monotonic_s())
+            lease = self.lease(weight=weight, avoid=frozenset(tried))
+            tried.add(lease.replica_id)
             try:
-                result = work(replica.held())
-            except LOST as error:
-                replica.ledger.failed(self._clock.monotonic_s())
-                self._notify()  # bring in another
-                if len(tried) >= self._deployment.replicas.max_attempts:
+                result = work(lease.held())
+            except BaseException as error:
+                lease.end(error)
+                if not isinstance(error, LOST):
+                    raise
+                if len(tried) >= self.max_attempts:
                     raise NotReady(self.name, str(error)) from error
-            except UserError:
-                replica.ledger.succeeded()  # it was asked something wrong, and said so
-                raise
             else:
-                replica.ledger.succeeded()
+                lease.end()
                 return result
-            finally:
-                replica.ledger.release(weight)
+
+    def lease(self, *, weight: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Lease:
+        """A replica, other than those to `avoid`, for a request that ends the lease when it has ended.
+
+        With `block` the thread waits for one that is on its way. Raises `NotReady`.
+        """
+        replica = self._requests.obtain(work=weight, avoid=avoid, block=block)
+        return Lease(replica, weight, self._clock, self._notify)  # a lost one: another is brought in
+
+    @property
+    def max_attempts(self) -> int:
+        """Replicas that a request is tried on."""
+        return self._deployment.replicas.max_attempts
 
     @property
     def is_ready(self) -> bool:

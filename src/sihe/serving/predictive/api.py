@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -17,13 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import Receive
 
 from sihe.core.errors import InvalidInput, NotFound, SiheError, TransientError
 from sihe.core.http import status_of
 from sihe.core.telemetry import logger
-from sihe.serving.errors import EngineClosed, EngineDead, NotReady
-from sihe.serving.predictive.bodies import MAX_BODY_BYTES, compressed, decompressed, too_large
+from sihe.serving.bodies import read_body, request_id
+from sihe.serving.disconnect import CLIENT_GONE, unless_gone
+from sihe.serving.errors import NotReady, StreamClosed
+from sihe.serving.predictive.bodies import MAX_BODY_BYTES, compressed, decompressed
 from sihe.serving.predictive.ports import ServedModel
 from sihe.serving.predictive.predictor import Predictor
 from sihe.serving.predictive.protocol import (
@@ -43,9 +45,8 @@ if TYPE_CHECKING:
     from sihe.serving.tenants.usage import Outcome
 
 PREFIX = "/v2"
-_CLIENT_GONE = 499  # nginx's status for it; nobody reads the answer
+ARM_HEADER, SESSION_HEADER, REQUEST_HEADER = "x-sihe-arm", "x-sihe-session", "x-request-id"
 _INLINE_BYTES = 64 * 1024  # smaller bodies are parsed where they arrive: a hop to another thread costs more
-_ATTEMPTS = 3  # replicas that a request is tried on when one closes under it
 _log = logger("serving")
 T = TypeVar("T")
 
@@ -61,6 +62,33 @@ class Answering(Protocol):
         ...
 
 
+class Turning(Protocol):
+    """One request on its way through the arms and replicas of a deployment (the gateway's `Turn`)."""
+
+    arm: str
+    has_own_limit: bool
+
+    def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
+        """What `work` gives for what a replica holds; without `block` it waits for none that is on its way."""
+        ...
+
+    def finished(self) -> None:
+        """The answer is there."""
+        ...
+
+    def failed(self, error: BaseException) -> bool:
+        """It ended with an error; whether to start again."""
+        ...
+
+    def left(self) -> None:
+        """The caller is gone, or it is over."""
+        ...
+
+    def shown(self, error: BaseException) -> BaseException:
+        """What the caller sees of an error."""
+        ...
+
+
 class Models(Protocol):
     """What serves in this process (the `Gateway`)."""
 
@@ -70,6 +98,10 @@ class Models(Protocol):
 
     def route(self, name: str) -> Answering:
         """The replicas of deployment `name`. Raises `NotFound`, `NotReady`."""
+        ...
+
+    def turn(self, name: str, *, request_id: str, session: str | None, tenant: str, version: int | None) -> Turning:
+        """The way of a request to deployment `name`. Raises `NotFound`, `NotReady`."""
         ...
 
 
@@ -207,13 +239,13 @@ def _predictor(served: Any, name: str, version: str | None) -> Predictor:
 async def _admitted(request: Request, models: Models, admit: Admit | None, name: str, version: str | None) -> Response:
     """One inference under its caller's limits: it counts as a request, and costs no tokens."""
     if admit is None:
-        return await _infer(request, models, name, version)
+        return await _infer(request, models, name, version, "")
     admission = await admit(request, name)
     tally = Tally(requests=1, failed=1)
     outcome: Outcome = "failed"
     try:
-        response = await _infer(request, models, name, version)
-        outcome = "aborted" if response.status_code == _CLIENT_GONE else "completed"
+        response = await _infer(request, models, name, version, admission.caller.tenant.name)
+        outcome = "aborted" if response.status_code == CLIENT_GONE else "completed"
         tally = Tally(requests=1)
         response.headers.update(admission.headers)
         return response
@@ -221,40 +253,62 @@ async def _admitted(request: Request, models: Models, admit: Admit | None, name:
         admission.finish(tally, outcome)
 
 
-async def _infer(request: Request, models: Models, name: str, version: str | None) -> Response:
-    body = await _read_body(request)
+async def _infer(request: Request, models: Models, name: str, version: str | None, tenant: str) -> Response:
+    body = await read_body(request, max_bytes=MAX_BODY_BYTES)
     headers = request.headers
     encoding = headers.get("content-encoding", "")
-
-    def start() -> tuple[Predictor, ParsedRequest, Future[InferenceResult]]:
-        plain = decompressed(body, encoding)
-
-        def work(served: Any) -> tuple[Predictor, ParsedRequest, Future[InferenceResult]]:
-            predictor = _predictor(served, name, version)
-            parsed = parse_request(
-                plain,
-                headers.get(HEADER_LENGTH),
-                predictor.description,
-                timeout_ms=headers.get(TIMEOUT_HEADER),
-            )
-            return predictor, parsed, predictor.submit(parsed.request)
-
-        return models.route(name).call(work)
-
     heavy = len(body) > _INLINE_BYTES or bool(encoding)
-    for attempt in range(_ATTEMPTS):
-        predictor, parsed, future = await run_in_threadpool(start) if heavy else start()
+    wanted = int(version) if version is not None and version.isascii() and version.isdigit() else None
+    named = request_id(request)
+    session = headers.get(SESSION_HEADER)
+    turn = models.turn(name, request_id=named, session=session, tenant=tenant, version=wanted)
+
+    def begin(served: Any) -> _Begun:
+        predictor = _predictor(served, name, version)
+        parsed = parse_request(
+            decompressed(body, encoding),
+            headers.get(HEADER_LENGTH),
+            predictor.description,
+            timeout_ms=headers.get(TIMEOUT_HEADER),
+        )
+        turn.has_own_limit = parsed.request.timeout_s is not None
+        return _Begun(predictor, parsed, predictor.submit(parsed.request))
+
+    try:
+        while True:
+            begun = await _started(turn, begin, heavy=heavy)
+            try:
+                result = await unless_gone(request.receive, asyncio.wrap_future(begun.future))
+            except StreamClosed:
+                return Response(status_code=CLIENT_GONE)
+            except Exception as error:
+                if turn.failed(error):  # nothing was changed by it: safe to try again
+                    continue
+                raise turn.shown(error) from error
+            write = _Write(begun.predictor, begun.parsed, result, name, headers.get("accept-encoding", ""))
+            response = await run_in_threadpool(write) if heavy else write()
+            turn.finished()
+            response.headers[ARM_HEADER], response.headers[REQUEST_HEADER] = turn.arm, named
+            return response
+    finally:
+        turn.left()
+
+
+async def _started(turn: Turning, begin: Callable[[Any], _Begun], *, heavy: bool) -> _Begun:
+    """Begins on the loop where that is a matter of microseconds; on a thread what is large, or waits for a replica."""
+    if not heavy:
         try:
-            result = await _result(request.receive, future)
-        except (EngineClosed, EngineDead) as error:  # nothing was changed by it: safe to try again
-            if attempt == _ATTEMPTS - 1:
-                raise NotReady(name, str(error)) from error
-            continue
-        if result is None:
-            return Response(status_code=_CLIENT_GONE)
-        write = _Write(predictor, parsed, result, name, headers.get("accept-encoding", ""))
-        return await run_in_threadpool(write) if heavy else write()
-    raise AssertionError("the loop returns or raises")
+            return turn.start(begin, block=False)
+        except NotReady:
+            pass
+    return await run_in_threadpool(turn.start, begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    predictor: Predictor
+    parsed: ParsedRequest
+    future: Future[InferenceResult]
 
 
 class _Write:
@@ -287,33 +341,3 @@ class _Write:
             headers["content-encoding"] = coding
         media = "application/json" if header_length is None else "application/octet-stream"
         return Response(body, media_type=media, headers=headers)
-
-
-async def _result(receive: Receive, future: Future[InferenceResult]) -> InferenceResult | None:
-    """The answer; None when the client has gone first, and then nothing is computed for it if there is still time."""
-    answer = asyncio.wrap_future(future)
-    gone = asyncio.create_task(_until_gone(receive))
-    waiting: set[asyncio.Future[Any]] = {answer, gone}
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        return await answer if answer.done() else None
-    finally:
-        gone.cancel()
-        answer.cancel()
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body, of at most `MAX_BODY_BYTES`, whatever its headers say."""
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > MAX_BODY_BYTES:
-            raise too_large(size)
-        pieces.append(piece)
-    return b"".join(pieces)

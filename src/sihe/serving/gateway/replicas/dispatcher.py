@@ -138,10 +138,10 @@ class Dispatcher:
             raise self._why_none() or NotReady(self._name, "its replicas are on their way")
         return there[chosen]
 
-    def obtain(self, *, work: float = 1.0, avoid: frozenset[int] = frozenset()) -> Replica:
+    def obtain(self, *, work: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Replica:
         """The same; where none is there and one is on its way, the thread waits for it, for at most `wait_s`.
 
-        Raises `NotReady` when none comes, and where sixteen threads wait already.
+        Raises `NotReady` when none comes, where it must not `block`, and where sixteen threads wait already.
         """
         self._last_request_s = self._clock.monotonic_s()
         until_s = time.monotonic() + self._config.wait_s
@@ -153,7 +153,7 @@ class Dispatcher:
                 reason = self._why_none() or (self._removed() if self._closed else None)
                 if reason is not None:
                     raise reason from None
-                if not self._may_block(until_s):
+                if not block or not self._may_block(until_s):
                     raise error from None
             try:
                 self._on_change()  # it may be asleep

@@ -1,0 +1,221 @@
+"""The way of one request to a model that does not generate: through the arms of its deployment, and their replicas.
+
+It is started with a function that does the work on what a replica holds, or only begins it there; whoever does so says
+how it has ended, and is told whether to start it again. What an arm does to its callers is what a new version of a
+generating model may do: where it cannot serve, or fails, or refuses what the stable version then takes, the stable
+version answers, and the arm is charged with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+from sihe.core.clock import Clock
+from sihe.core.errors import Busy, TimedOut, UserError
+from sihe.core.telemetry import logger
+from sihe.serving.errors import NotReady
+from sihe.serving.gateway.replicas.answer import LOST
+from sihe.serving.gateway.replicas.lease import Lease
+from sihe.serving.gateway.replicas.ports import Served
+from sihe.serving.gateway.route import Route
+from sihe.serving.gateway.traffic.experiment import Experiment
+from sihe.serving.gateway.traffic.outcome import Ending, Outcome
+from sihe.serving.gateway.traffic.presence import Presence
+from sihe.serving.gateway.traffic.types import STABLE
+
+T = TypeVar("T")
+
+
+class Arms(Protocol):
+    """What a turn needs of its deployment (`LiveDeployment`)."""
+
+    @property
+    def name(self) -> str:
+        """The deployment's."""
+        ...
+
+    @property
+    def stable(self) -> Route:
+        """The route of what is deployed."""
+        ...
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """The routes by arm."""
+        ...
+
+    @property
+    def presence(self) -> Presence:
+        """How many callers' requests are in hand."""
+        ...
+
+    def note_outcome(self, arm: str, outcome: Outcome) -> None:
+        """What became of a request on its arm."""
+        ...
+
+    def note_rerouted(self, arm: str) -> None:
+        """The stable arm answers for `arm`."""
+        ...
+
+
+class Turn:
+    """One request. Not thread-safe: whoever hands it to another thread touches it no more until that is done.
+
+    `arm` is where it is now; `has_own_limit` says that its caller has set the time that it has. After `start` exactly
+    one of `finished`, `failed` and `left` is called, and `start` again where `failed` says so; `left` may be called at
+    any time, also when it is over, and does nothing then.
+    """
+
+    def __init__(
+        self,
+        arms: Arms,
+        experiment: Experiment,
+        arm: str,
+        key: str,
+        *,
+        name: str,
+        weight: float,
+        counts: bool,
+        clock: Clock,
+    ) -> None:
+        self.arm = arm
+        self.has_own_limit = False
+        self._arms = arms
+        self._experiment = experiment
+        self._key = key
+        self._name = name
+        self._weight = weight
+        self._counts = counts
+        self._clock = clock
+        self._route: Route | None = None
+        self._lease: Lease | None = None
+        self._tried: set[int] = set()
+        self._lost: BaseException | None = None
+        self._cluster = 0
+        self._began_s: float | None = None  # None: not begun, or over
+        self._was_moved = False  # to the stable arm, for which it then does not count
+        self._refusal: tuple[str, UserError, float] | None = None  # of another arm, which the stable one may not share
+
+    def start(self, work: Callable[[Served], T], *, block: bool = True) -> T:
+        """What `work` gives for what a replica of the arm holds; on the stable arm where this one cannot.
+
+        It may be done again, on another replica, and must be safe to repeat. With `block` the thread waits for a
+        replica that is on its way. Raises `NotReady`, and what is wrong with the request; then it is over, unless it
+        was `NotReady` without `block`.
+        """
+        self._begin()
+        while True:
+            try:
+                self._lease = lease = self._obtained(block)
+            except NotReady as error:
+                if self._goes_on_after(error):
+                    continue
+                if block:
+                    self._end("failed", error)
+                raise
+            try:
+                return work(lease.held())
+            except BaseException as error:
+                if not self.failed(error):
+                    if (shown := self.shown(error)) is error:
+                        raise
+                    raise shown from error
+
+    def finished(self) -> None:
+        """The answer is there."""
+        if self._lease is not None:
+            self._lease.end()
+        self._end("finished", None)
+
+    def failed(self, error: BaseException) -> bool:
+        """It ended with `error`; whether it is to be started again. If not it is over, and its caller gets `shown`."""
+        if self._lease is not None:
+            self._lease.end(error)
+        if self._goes_on_after(error):
+            return True
+        self._end("failed", error)
+        return False
+
+    def left(self) -> None:
+        """The caller is gone."""
+        if self._lease is not None:
+            self._lease.end()
+        self._end("left", None)
+
+    def shown(self, error: BaseException) -> BaseException:
+        """What the caller sees of an error: replicas that were lost are the deployment's trouble."""
+        return NotReady(self._arms.name, str(error)) if isinstance(error, LOST) else error
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._began_s is None:
+            self._began_s = self._clock.monotonic_s()
+            self._cluster = self._experiment.begin(self._name, self.arm, self._key)
+            self._arms.presence.enter()
+
+    def _obtained(self, block: bool) -> Lease:
+        while True:
+            self._route = route = self._arms.stable if self.arm == STABLE else self._arms.routes.get(self.arm)
+            if route is None or not (self.arm == STABLE or route.is_ready):
+                raise NotReady(self._arms.name, f"arm {self.arm!r} does not serve now")
+            try:
+                # Who is dealt another arm does not wait for it: the stable one is there.
+                lease = route.lease(
+                    weight=self._weight, avoid=frozenset(self._tried), block=block and self.arm == STABLE
+                )
+            except NotReady:
+                if self.arm == STABLE and route is not self._arms.stable:
+                    continue  # it was exchanged meanwhile
+                raise
+            self._tried.add(lease.replica_id)
+            return lease
+
+    def _goes_on_after(self, error: BaseException) -> bool:
+        """Whether another replica, or the stable arm, is to answer instead."""
+        if isinstance(error, LOST):
+            self._lost = error
+            if self._route is not None and len(self._tried) < self._route.max_attempts:
+                return True
+        if self.arm == STABLE or not isinstance(error, Exception) or isinstance(error, TimedOut):
+            return False
+        culprit = error if self._lost is None else self._lost
+        if isinstance(culprit, UserError):
+            self._refusal = (self.arm, culprit, self._spent_s())
+        elif not isinstance(culprit, NotReady | Busy):
+            logger("serving").warning("arm_failed", deployment=self._arms.name, arm=self.arm, error=repr(culprit))
+            self._note(self.arm, self._outcome("failed", culprit, self._spent_s()), counts=self._counts)
+        self._arms.note_rerouted(self.arm)
+        self.arm, self._was_moved, self._tried, self._lost = STABLE, True, set(), None
+        self._experiment.begin(self._name, self.arm, self._key)  # feedback is about the answer that came
+        return True
+
+    def _end(self, ending: Ending, error: BaseException | None) -> None:
+        if self._began_s is None:
+            return
+        spent_s, self._began_s = self._spent_s(), None
+        try:
+            if ending == "finished" and self._refusal is not None:
+                arm, refusal, refused_s = self._refusal
+                self._note(arm, self._outcome("failed", refusal, refused_s), counts=self._counts)
+            if isinstance(error, TimedOut) and self.has_own_limit:
+                ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
+            if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
+                self._note(self.arm, self._outcome(ending, error, spent_s), counts=self._counts and not self._was_moved)
+        except Exception as failure:  # noqa: BLE001 - what is lost is a measurement
+            logger("serving").error("measurement_lost", deployment=self._arms.name, error=repr(failure))
+        finally:
+            self._arms.presence.leave()
+
+    def _note(self, arm: str, outcome: Outcome, *, counts: bool) -> None:
+        if counts:
+            self._experiment.record(arm, outcome, self._cluster, self._key)
+        self._arms.note_outcome(arm, outcome)
+
+    def _outcome(self, ending: Ending, error: BaseException | None, spent_s: float) -> Outcome:
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        return Outcome(ending, None, said, 0, 0, None, spent_s)
+
+    def _spent_s(self) -> float:
+        return 0.0 if self._began_s is None else self._clock.monotonic_s() - self._began_s
