@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import pytest
@@ -82,8 +83,14 @@ def decoder(config: ModelConfig) -> Decoder:
 
 
 @contextmanager
-def computing(model: Decoder, kind: WeightKind = "float32", threads: int = 2, blocks: int = 40) -> Iterator[CpuCompute]:
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+def computing(
+    model: Decoder,
+    kind: WeightKind = "float32",
+    threads: int = 2,
+    blocks: int = 40,
+    pages: torch.dtype | None = None,
+) -> Iterator[CpuCompute]:
+    dtype = pages or (torch.float32 if kind == "float32" else torch.bfloat16)
     compute = CpuCompute(
         copy.deepcopy(model), KvPages(model.config, num_blocks=blocks, dtype=dtype), kind, threads=threads
     )
@@ -118,11 +125,13 @@ def test_logits_are_the_decoders(name: str) -> None:
         torch.testing.assert_close(fed(compute, tokens, BLOCKS), expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4", "int8 pages"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "window", "multi-query", "long rows"])
-def test_a_token_has_the_same_bits_in_any_company(name: str, kind: WeightKind) -> None:
+def test_a_token_has_the_same_bits_in_any_company(name: str, kind: str) -> None:
     model, tokens = decoder(MODELS[name]), some_tokens(140)
-    with computing(model, kind) as compute:
+    weights = cast(WeightKind, "float32" if kind == "int8 pages" else kind)
+    pages = torch.int8 if kind == "int8 pages" else None
+    with computing(model, weights, pages=pages) as compute:
         whole = fed(compute, tokens, BLOCKS)
         assert torch.equal(fed(compute, tokens, BLOCKS, [1, 2, 19, 64, 100, 139]), whole)
         assert torch.equal(fed(compute, tokens, [30, *BLOCKS[1:]], list(range(1, 140))), whole)
@@ -137,7 +146,7 @@ def test_a_token_has_the_same_bits_in_any_company(name: str, kind: WeightKind) -
         prompt = Feed(some_tokens(33), 0, [34, 35, 36])
         beside = compute.forward(Step.of([feeds[0], own, *feeds[1:], prompt]))
         assert torch.equal(beside[1:5], whole[130:134])
-    with computing(model, kind, threads=1) as alone:
+    with computing(model, weights, threads=1, pages=pages) as alone:
         assert torch.equal(fed(alone, tokens, BLOCKS), whole)
 
 
@@ -164,6 +173,15 @@ def test_fewer_bits_stay_near(kind: WeightKind, tolerance: float) -> None:
     assert (got - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize("name", ["llama", "multi-head", "multi-query", "wide heads", "qwen3", "window"])
+def test_int8_keys_and_values_stay_near(name: str) -> None:
+    model, tokens = decoder(MODELS[name]), some_tokens(140)
+    with torch.inference_mode(), computing(model, pages=torch.int8) as compute:
+        expected = model(torch.tensor([tokens]))[0]
+        got = fed(compute, tokens, BLOCKS, [1, 17, 18, 90])
+    assert (got - expected).norm() / expected.norm() < 0.01
+
+
 @pytest.mark.parametrize("place", ["embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.mlp.down.weight"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_a_weight_that_is_not_finite_is_seen_in_the_logits(place: str, kind: WeightKind) -> None:
@@ -173,12 +191,13 @@ def test_a_weight_that_is_not_finite_is_seen_in_the_logits(place: str, kind: Wei
         assert not torch.isfinite(fed(compute, [0, 1, 2, 3], BLOCKS)[-1]).any()
 
 
-def test_what_lies_behind_a_sequence_is_not_read() -> None:
+@pytest.mark.parametrize("pages", [torch.float32, torch.int8])
+def test_what_lies_behind_a_sequence_is_not_read(pages: torch.dtype) -> None:
     model, tokens = decoder(LLAMA), some_tokens(21)
-    with computing(model) as compute:
+    with computing(model, pages=pages) as compute:
         expected = fed(compute, tokens, [0, 1])
-        compute._pages.keys.fill_(torch.nan)
-        compute._pages.values.fill_(torch.nan)
+        for numbers in (compute._pages.keys, compute._pages.values):
+            numbers.view(torch.uint8).fill_(0xFF)  # NaN as float32, in the scales of int8 too
         assert torch.equal(fed(compute, tokens, [0, 1], [3, 20]), expected)
 
 

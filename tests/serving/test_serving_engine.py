@@ -331,6 +331,21 @@ def test_bfloat16(model_folder: Path) -> None:
             assert stream.result(30).usage.completion_tokens == request.max_tokens
 
 
+def test_an_int8_cache_holds_more_and_answers_alike_alone_and_beside_others(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {kind: bytes_per_block(tiny_config(), kind) for kind in (torch.int8, torch.bfloat16)}
+    assert held[torch.int8] < 0.8 * held[torch.bfloat16]  # heads of 8 numbers, each with a scale of 4 bytes
+    asked = requests(6, seed=1)
+    with Engine.load(model_folder, EngineConfig(kv_dtype="int8", token_budget=40)) as engine:
+        alone = [engine.submit(request).result(30).token_ids for request in asked]
+        beside = [engine.submit(request) for request in asked]
+        assert [stream.result(30).token_ids for stream in beside] == alone
+    monkeypatch.setattr("sihe.serving.engine.runner.is_supported", lambda _: False)
+    with pytest.raises(ConfigError, match=r"kv_dtype = 'int8' .* take bfloat16 or float32"):
+        Engine.load(model_folder, EngineConfig(kv_dtype="int8"))
+
+
 @pytest.mark.parametrize(
     ("damage", "error"),
     [

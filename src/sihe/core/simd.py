@@ -108,9 +108,15 @@ def _cast(kind: Any, llvm: Any) -> Any:
     return _operation(lambda b, v: b.inttoptr(v[0], llvm.as_pointer()), 1, types.CPointer(kind))  # type: ignore[no-untyped-call]
 
 
-float32_at, int32_at, int64_at, uint16_at = (
+float32_at, int32_at, int64_at, uint16_at, int8_at = (
     _cast(kind, llvm)
-    for kind, llvm in ((types.float32, F32), (types.int32, I32), (types.int64, I64), (types.uint16, I16))
+    for kind, llvm in (
+        (types.float32, F32),
+        (types.int32, I32),
+        (types.int64, I64),
+        (types.uint16, I16),
+        (types.int8, I8),
+    )
 )
 """An address as a pointer that can be indexed, to numbers of that kind."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from sihe.core.errors import ConfigError
 
 DType = Literal["auto", "bfloat16", "float32", "int8", "int4"]
-KvDType = Literal["auto", "bfloat16", "float32"]
+KvDType = Literal["auto", "bfloat16", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 SpeculationKind = Literal["none", "ngram", "draft"]
 
@@ -20,12 +20,13 @@ class EngineConfig:
 
     `dtype` is that of the weights: `auto` takes the one that the checkpoint was saved in; `int8` has a scale a column,
     `int4` a scale for every 32 weights, both with activations quantised row by row as they come, on a CPU. `kv_dtype`
-    is that of the cache, by default float32 beside float32 weights and bfloat16 else. `device` is by default a GPU
-    where torch sees one. `threads` (a CPU's) default to the processors that the process may use.
-    `max_context` (tokens) defaults to the model's own. `kv_cache_bytes` bounds the cache, by default a quarter of the
-    memory that is free when the engine loads; fewer than `max_batch_size` sequences run at once where it does not hold
-    them. `token_budget` bounds the tokens of one step: every running sequence decodes one, and prompts are read in
-    chunks within what remains, so it bounds how long a long prompt can delay everyone else's next token.
+    is that of the cache, by default float32 beside float32 weights and bfloat16 else; `int8` has a scale a token and
+    head, on a CPU. `device` is by default a GPU where torch sees one. `threads` (a CPU's) default to the processors
+    that the process may use. `max_context` (tokens) defaults to the model's own. `kv_cache_bytes` bounds the cache, by
+    default a quarter of the memory that is free when the engine loads; fewer than `max_batch_size` sequences run at
+    once where it does not hold them. `token_budget` bounds the tokens of one step: every running sequence decodes one,
+    and prompts are read in chunks within what remains, so it bounds how long a long prompt can delay everyone else's
+    next token.
 
     `max_adapters` LoRA adapters can be loaded at once, beside each other in one batch; `adapters` are those to load
     from the start, each as `name=folder`.

@@ -24,7 +24,7 @@ from sihe.serving.engine.kv.storage import KvPages, blocks_within
 from sihe.serving.engine.memory import available_bytes
 from sihe.serving.errors import NoMemory
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
 
 class ModelRunner:
@@ -50,7 +50,9 @@ class ModelRunner:
         on_kernels = device.type == "cpu" and sys.platform == "linux" and is_supported(model_config)
         kind = _weights(config, stored, on_kernels)
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
-        kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
+        kv_dtype = dtype if config.kv_dtype == "auto" else _KV_DTYPES[config.kv_dtype]
+        if kv_dtype == torch.int8 and not on_kernels:
+            raise ConfigError(_needs_kernels("kv_dtype", "int8"), key="kv_dtype")
         context = min(config.max_context or model_config.max_positions, model_config.max_positions)
         available = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         weights = model_config.num_parameters * dtype.itemsize  # what is packed smaller is read in this dtype first
@@ -134,17 +136,19 @@ def _weights(config: EngineConfig, stored: WeightKind, on_kernels: bool) -> Weig
     """What the weights become in memory. Raises `ConfigError` for what only the kernels have."""
     if config.dtype in ("int8", "int4"):
         if not on_kernels:
-            raise ConfigError(
-                f"dtype = {config.dtype!r} is for the architectures that run on a CPU's own kernels; "
-                "take bfloat16 or float32 here",
-                key="dtype",
-            )
+            raise ConfigError(_needs_kernels("dtype", config.dtype), key="dtype")
         return config.dtype
     if config.dtype == "auto":
         # Our kernels widen bfloat16 in registers; torch emulates it, where the processor lacks it, many times slower.
         is_slow = stored == "bfloat16" and not on_kernels and not has_bf16()
         return "float32" if is_slow else stored
     return config.dtype
+
+
+def _needs_kernels(setting: str, value: str) -> str:
+    return (
+        f"{setting} = {value!r} is for the architectures that run on a CPU's own kernels; take bfloat16 or float32 here"
+    )
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, WeightKind]:

@@ -1,8 +1,9 @@
 """The tensors behind the blocks: keys and values of 16 tokens each, in every layer.
 
 A page holds the keys of one block and one head as [D, 16], so that a kernel finds the same dim of 16 tokens side by
-side and scores them in one register; values lie as [16, D]. Which sequence a block belongs to, and which blocks are
-free, is not known here (`blocks.py`).
+side and scores them in one register; values lie as [16, V]. As int8 a page is bytes: the codes in that order, then 16
+float32, the scale of each token, so that what a token becomes depends on itself alone. Which sequence a block belongs
+to, and which blocks are free, is not known here (`blocks.py`).
 
 Shapes: L layers, P blocks, K KV heads, D head dim, V width of a value.
 """
@@ -22,9 +23,10 @@ from sihe.serving.errors import NoMemory
 
 
 class KvPages:
-    """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]. Memory that no token has touched is not resident.
+    """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]; as int8 [L, P, K, bytes of a page].
 
-    V is the width of a value, `value_dim`, rounded up to whole registers; what is behind it means nothing.
+    Memory that no token has touched is not resident. V, `width`, is `value_dim` rounded up to whole registers; what is
+    behind it means nothing.
     """
 
     def __init__(
@@ -39,8 +41,12 @@ class KvPages:
         self.bytes_per_block = bytes_per_block(config, dtype)
         common = (config.num_layers, num_blocks, config.num_kv_heads)
         self.value_dim = _value_dim(config)
-        self.keys = _zeros((*common, config.head_dim, BLOCK_TOKENS), dtype, device)
-        self.values = _zeros((*common, BLOCK_TOKENS, _padded(self.value_dim)), dtype, device)
+        self.width = _padded(self.value_dim)
+        keys, values = (config.head_dim, BLOCK_TOKENS), (BLOCK_TOKENS, self.width)
+        if dtype == torch.int8:
+            keys, values = ((_page_bytes(dim, dtype),) for dim in (config.head_dim, self.width))
+        self.keys = _zeros((*common, *keys), dtype, device)
+        self.values = _zeros((*common, *values), dtype, device)
 
     def copy(self, source: int, target: int) -> None:
         """Makes block `target` hold what `source` does."""
@@ -50,13 +56,8 @@ class KvPages:
 
 def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `BLOCK_TOKENS` tokens in every layer."""
-    return (
-        BLOCK_TOKENS
-        * config.num_layers
-        * config.num_kv_heads
-        * (config.head_dim + _padded(_value_dim(config)))
-        * dtype.itemsize
-    )
+    head = _page_bytes(config.head_dim, dtype) + _page_bytes(_padded(_value_dim(config)), dtype)
+    return config.num_layers * config.num_kv_heads * head
 
 
 def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: torch.dtype, budget_bytes: int) -> int:
@@ -73,6 +74,11 @@ def blocks_within(config: ModelConfig, *, sequences: int, context: int, dtype: t
             hint="lower max_context or raise kv_cache_bytes",
         )
     return min(sequences * one, budget_bytes // each)
+
+
+def _page_bytes(dim: int, dtype: torch.dtype) -> int:
+    scales = BLOCK_TOKENS * torch.float32.itemsize if dtype == torch.int8 else 0
+    return BLOCK_TOKENS * dim * dtype.itemsize + scales
 
 
 def _value_dim(config: ModelConfig) -> int:

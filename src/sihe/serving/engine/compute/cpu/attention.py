@@ -12,27 +12,105 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import int64, uint16
+from numba import float32, int8, int32, int64, uint16
 
-from sihe.core.simd import float32_at, int32_at, int64_at, uint16_at
+from sihe.core.simd import float32_at, int8_at, int32_at, int64_at, uint16_at
 from sihe.serving.engine.compute.cpu.kernels import compiled, compiled_fast
-from sihe.serving.engine.compute.cpu.tiles import mix_tile, score_tile, softmax_tile
+from sihe.serving.engine.compute.cpu.tiles import mix_tile, scale_tile, score_tile, softmax_tile
 
 TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES
 ATTEND_ROWS = 12
 
 _softmax_whole, _softmax_partly = (softmax_tile(TILE_PAGES, partly) for partly in (False, True))
-_SCORE_F32_12, _SCORE_F32_6, _SCORE_F32_3, _SCORE_F32_2, _SCORE_F32_1 = (
-    score_tile(rows, 2 if rows == 12 else 4, "float32") for rows in (12, 6, 3, 2, 1)
+_scale_by = scale_tile()
+
+
+def _scorer(kind: str) -> Any:
+    """Scores of all rows over a tile's pages of keys; its values, at `then`, are fetched meanwhile."""
+    rows_12, rows_6, rows_3, rows_2, rows_1 = (score_tile(n, 2 if n == 12 else 4, kind) for n in (12, 6, 3, 2, 1))
+
+    @compiled
+    def score(
+        q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int, then: int, then_in: int
+    ) -> None:
+        s = 4 * TILE_TOKENS
+        at = 0
+        while at < rows:
+            left, qa, sa = rows - at, q + at * q_s, scores + at * s
+            if left >= 12:
+                rows_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                rows_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
+                at += 12
+            elif left >= 6:
+                rows_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                at += 6
+            elif left >= 3:
+                rows_3(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                at += 3
+            elif left >= 2:
+                rows_2(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                at += 2
+            else:
+                rows_1(qa, q_s, pages, inside, size, sa, s, then, then_in)
+                at += 1
+
+    return score
+
+
+def _mixer(kind: str, element: int) -> Any:
+    """Adds what all rows take of a tile's values; the keys of the next one, at `then`, are fetched meanwhile."""
+    rows_6, rows_3, rows_2, rows_1 = (mix_tile(rows, 4, kind) for rows in (6, 3, 2, 1))
+    rest_6, rest_1 = (mix_tile(rows, 1, kind) for rows in (6, 1))
+
+    @compiled
+    def mix(
+        p: int,
+        rows: int,
+        pages: int,
+        inside: int,
+        tokens: int,
+        token_s: int,
+        out: int,
+        width: int,
+        then: int,
+        then_in: int,
+    ) -> None:
+        p_s, out_s = 4 * TILE_TOKENS, 4 * width
+        at = 0
+        while at < rows:
+            left, pa = rows - at, p + at * p_s
+            taken = 6 if left >= 6 else (3 if left >= 3 else (2 if left >= 2 else 1))
+            dim = 0
+            while dim < width:
+                oa, ia = out + at * out_s + 4 * dim, inside + element * dim
+                na = then_in + 16 * element * dim
+                if width - dim >= 64:
+                    if taken == 6:
+                        rows_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
+                    elif taken == 3:
+                        rows_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
+                    elif taken == 2:
+                        rows_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
+                    else:
+                        rows_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
+                    dim += 64
+                else:
+                    if taken == 6:
+                        rest_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
+                    else:
+                        for row in range(taken):
+                            rest_1(pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s, then, na)
+                    dim += 16
+            at += taken
+
+    return mix
+
+
+_score_float32, _score_bfloat16, _score_int8 = (_scorer(kind) for kind in ("float32", "bfloat16", "int8"))
+_mix_float32, _mix_bfloat16, _mix_int8 = (
+    _mixer(kind, size) for kind, size in (("float32", 4), ("bfloat16", 2), ("int8", 1))
 )
-_SCORE_BF16_12, _SCORE_BF16_6, _SCORE_BF16_3, _SCORE_BF16_2, _SCORE_BF16_1 = (
-    score_tile(rows, 2 if rows == 12 else 4, "bfloat16") for rows in (12, 6, 3, 2, 1)
-)
-_MIX_F32_6, _MIX_F32_3, _MIX_F32_2, _MIX_F32_1 = (mix_tile(rows, 4, "float32") for rows in (6, 3, 2, 1))
-_MIX_BF16_6, _MIX_BF16_3, _MIX_BF16_2, _MIX_BF16_1 = (mix_tile(rows, 4, "bfloat16") for rows in (6, 3, 2, 1))
-_MIX_F32_6_REST, _MIX_F32_1_REST = (mix_tile(rows, 1, "float32") for rows in (6, 1))
-_MIX_BF16_6_REST, _MIX_BF16_1_REST = (mix_tile(rows, 1, "bfloat16") for rows in (6, 1))
 
 
 @compiled_fast
@@ -81,12 +159,39 @@ def place(op: Any, step: Any, first: int, last: int) -> None:
                 for i in range(size):
                     keys[16 * i + inside] = key[i]
                     values[i] = value[i]
-            else:
+            elif kind == 1:
                 keys_16, values_16 = uint16_at(keys_at), uint16_at(values_at)
                 key_bits, value_bits = int32_at(source + 4 * group * size), int32_at(source + 4 * (group + 1) * size)
                 for i in range(size):
                     keys_16[16 * i + inside] = _rounded(key_bits[i])
                     values_16[i] = _rounded(value_bits[i])
+            else:
+                key_codes, value_codes = int8_at(keys_at), int8_at(values_at)
+                values_begin = values_at - inside * op[19]
+                key_scale, key_factor = _quantising(source + 4 * group * size, size)
+                value_scale, value_factor = _quantising(source + 4 * (group + 1) * size, size)
+                for i in range(size):
+                    key_codes[16 * i + inside] = _code(key[i], key_factor)
+                    value_codes[i] = _code(value[i], value_factor)
+                float32_at(keys_at + 16 * size)[inside] = key_scale
+                float32_at(values_begin + 16 * op[19])[inside] = value_scale
+
+
+@compiled
+def _quantising(x: int, size: int) -> Any:
+    """The scale that brings the largest of `size` numbers to 127, NaN where one is not finite, and one over it."""
+    numbers, largest, spoilt = float32_at(x), float32(0.0), float32(0.0)
+    for i in range(size):
+        largest = max(largest, abs(numbers[i]))
+        spoilt += numbers[i] * float32(0.0)
+    factor = float32(127.0) / largest if largest > float32(1e-30) and spoilt == float32(0.0) else float32(0.0)
+    return largest / float32(127.0) + spoilt, factor
+
+
+@compiled
+def _code(number: float, factor: float) -> int:
+    exact = number * factor
+    return int8(int32(exact + float32(0.5)) if exact >= float32(0.0) else int32(exact - float32(0.5)))
 
 
 @compiled
@@ -130,9 +235,13 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
         begins = tile * TILE_TOKENS
         key_pages = step[8] + 8 * (feed * step[10] + tile * TILE_PAGES)
         value_pages = step[9] + 8 * (feed * step[10] + tile * TILE_PAGES)
-        _score(
-            kind, queries, q_s, rows, key_pages, op[7] + head * op[8], size, scores, value_pages, op[9] + head * op[10]
-        )
+        keys_in, values_in = op[7] + head * op[8], op[9] + head * op[10]
+        if kind == 0:
+            _score_float32(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
+        elif kind == 1:
+            _score_bfloat16(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
+        else:
+            _score_int8(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
         for row in range(rows):
             position = start + (begin + row) // group
             first = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
@@ -147,121 +256,18 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
                     total[row * width + i] *= factor
         seen = min(TILE_TOKENS, newest + 1 - begins)
         next_pages = key_pages + 8 * TILE_PAGES if tile < newest // TILE_TOKENS else key_pages
-        _mix(
-            kind, scores, rows, value_pages, op[9] + head * op[10], seen, op[11], sums, width,
-            next_pages, op[7] + head * op[8],
-        )  # fmt: skip
+        if kind == 0:
+            _mix_float32(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
+        elif kind == 1:
+            _mix_bfloat16(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
+        else:
+            for page in range(TILE_PAGES):
+                scales = int64_at(value_pages)[page] + values_in + 16 * width
+                _scale_by(scores + 64 * page, 4 * TILE_TOKENS, rows, scales)
+            _mix_int8(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
     for row in range(rows):
         token = firsts[feed] + (begin + row) // group
         out = float32_at(op[13] + token * op[14] + 4 * size * (head * group + (begin + row) % group))
         inverse = 1 / state[4 * row + 1]
         for i in range(size):
             out[i] = total[row * width + i] * inverse
-
-
-@compiled
-def _score(
-    kind: int, q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int, then: int, then_in: int
-) -> None:
-    """Scores of all rows over a tile's pages of keys; its values, at `then`, are fetched meanwhile."""
-    s = 4 * TILE_TOKENS
-    at = 0
-    while at < rows:
-        left, qa, sa = rows - at, q + at * q_s, scores + at * s
-        if kind == 0:
-            if left >= 12:
-                _SCORE_F32_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                _SCORE_F32_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
-                at += 12
-            elif left >= 6:
-                _SCORE_F32_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                at += 6
-            elif left >= 3:
-                _SCORE_F32_3(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                at += 3
-            elif left >= 2:
-                _SCORE_F32_2(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                at += 2
-            else:
-                _SCORE_F32_1(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                at += 1
-        elif left >= 12:
-            _SCORE_BF16_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
-            _SCORE_BF16_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
-            at += 12
-        elif left >= 6:
-            _SCORE_BF16_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
-            at += 6
-        elif left >= 3:
-            _SCORE_BF16_3(qa, q_s, pages, inside, size, sa, s, then, then_in)
-            at += 3
-        elif left >= 2:
-            _SCORE_BF16_2(qa, q_s, pages, inside, size, sa, s, then, then_in)
-            at += 2
-        else:
-            _SCORE_BF16_1(qa, q_s, pages, inside, size, sa, s, then, then_in)
-            at += 1
-
-
-@compiled
-def _mix(
-    kind: int,
-    p: int,
-    rows: int,
-    pages: int,
-    inside: int,
-    tokens: int,
-    token_s: int,
-    out: int,
-    width: int,
-    then: int,
-    then_in: int,
-) -> None:
-    """Adds what all rows take of a tile's values; the keys of the next one, at `then`, are fetched meanwhile."""
-    p_s, out_s = 4 * TILE_TOKENS, 4 * width
-    element = 4 if kind == 0 else 2
-    at = 0
-    while at < rows:
-        left, pa = rows - at, p + at * p_s
-        taken = 6 if left >= 6 else (3 if left >= 3 else (2 if left >= 2 else 1))
-        dim = 0
-        while dim < width:
-            oa, ia = out + at * out_s + 4 * dim, inside + element * dim
-            na = then_in + 16 * element * dim
-            if width - dim >= 64:
-                if kind == 0:
-                    if taken == 6:
-                        _MIX_F32_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                    elif taken == 3:
-                        _MIX_F32_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                    elif taken == 2:
-                        _MIX_F32_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                    else:
-                        _MIX_F32_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                elif taken == 6:
-                    _MIX_BF16_6(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                elif taken == 3:
-                    _MIX_BF16_3(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                elif taken == 2:
-                    _MIX_BF16_2(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                else:
-                    _MIX_BF16_1(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                dim += 64
-            else:
-                if taken == 6:
-                    if kind == 0:
-                        _MIX_F32_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                    else:
-                        _MIX_BF16_6_REST(pa, p_s, pages, ia, tokens, token_s, oa, out_s, then, na)
-                else:
-                    for row in range(taken):
-                        if kind == 0:
-                            _MIX_F32_1_REST(
-                                pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s, then, na
-                            )
-                        else:
-                            _MIX_BF16_1_REST(
-                                pa + row * p_s, p_s, pages, ia, tokens, token_s, oa + row * out_s, out_s, then, na
-                            )
-                dim += 16
-        at += taken

@@ -32,6 +32,7 @@ from sihe.serving.engine.kv.storage import KvPages
 from sihe.serving.engine.large_pages import zeros
 
 Longs = NDArray[np.int64]
+PAGE_KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.int8: Kind.INT8}
 TOKENS, WANTED, CHOICES = 0, 1, 2
 """Which rows an operation has."""
 
@@ -256,7 +257,7 @@ class Program:
     def _attend(self, index: int, layer: Layer, projected: _Buffer, queries: _Buffer, mixed: _Input) -> None:
         config, pages = self._config, self._pages
         keys, values = pages.keys[index], pages.values[index]
-        kind = Kind.FLOAT32 if keys.dtype == torch.float32 else Kind.BFLOAT16
+        kind = PAGE_KINDS[keys.dtype]
         group = config.num_heads // config.num_kv_heads
         cos, sin, half = (0, 0, 0)
         if self._rotary is not None:
@@ -264,15 +265,14 @@ class Program:
         norms = [0 if norm is None else self._at(norm.weight) for norm in (layer.query_norm, layer.key_norm)]
         eps = self._query_scale if layer.query_norm is None else layer.query_norm.eps
         heads = (config.num_kv_heads, group, config.head_dim)
-        where = (keys.data_ptr(), keys[0, 0].nbytes, values.data_ptr(), values[0, 0].nbytes, values[0, 0, 0].nbytes)
+        token_bytes = pages.width * values.itemsize
+        where = (keys.data_ptr(), keys[0, 0].nbytes, values.data_ptr(), values[0, 0].nbytes, token_bytes)
         self._add(
             Code.PLACE, TOKENS, *projected.ends, cos, sin, half, *heads, *norms, self._at(eps),
             queries.address, kind, *where, self._at(self._query_scale),
         )  # fmt: skip
         window = config.attention.window or 0
-        self._add(
-            Code.ATTEND, TOKENS, queries.address, *heads, kind, *where, window, *mixed.exact.ends, values.shape[-1]
-        )
+        self._add(Code.ATTEND, TOKENS, queries.address, *heads, kind, *where, window, *mixed.exact.ends, pages.width)
 
     def _feedforward(
         self,

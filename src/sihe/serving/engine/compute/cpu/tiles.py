@@ -22,7 +22,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from sihe.core.simd import F32, F32X16, I8X16, I16, I32, I32X16, I64, LANES, Tile, Value, tile
+from sihe.core.simd import F32, F32X16, I8, I8X16, I16, I32, I32X16, I64, LANES, Tile, Value, tile
 
 PANEL = 32
 """Columns of a panel: two registers, so that each broadcast activation is used twice."""
@@ -158,7 +158,7 @@ def int4_tile(rows: int) -> Any:
 
 
 def score_tile(rows: int, pages: int, kind: str) -> Any:
-    """scores[row, 16 page + token] = q[row] · k[token] over neighbouring pages of keys [D, 16].
+    """scores[row, 16 page + token] = q[row] · k[token] over neighbouring pages of keys [D, 16], times int8's scales.
 
     Arguments: q, its stride, the addresses of the pages (int64 each), the bytes from a page's address to its keys, D,
     scores, their stride, and pages that are wanted next and fetched meanwhile: their addresses, and the bytes from
@@ -181,16 +181,22 @@ def score_tile(rows: int, pages: int, kind: str) -> Any:
                 factor = t.broadcast(t.at(q_at[row], t.b.mul(dim, I64(4))), F32)
                 for page, key in enumerate(keys):
                     t.put(t.fma(factor, key, t.get(sums[row][page])), sums[row][page])
+        scales_at = t.b.mul(dims, I64(LANES * size))
+        scales = [t.load(t.at(address, scales_at), F32X16) for address in at] if kind == "int8" else []
         for row in range(rows):
             for page in range(pages):
-                place = t.at(scores, t.b.mul(stride, I64(row)), 4 * LANES * page)
-                t.store(t.get(sums[row][page]), place)
+                score = t.get(sums[row][page])
+                if scales:
+                    score = t.b.fmul(score, scales[page])
+                t.store(score, t.at(scores, t.b.mul(stride, I64(row)), 4 * LANES * page))
 
     return tile(emit, "i" * 9)
 
 
 def mix_tile(rows: int, vectors: int, kind: str) -> Any:
     """out[row] += sum over tokens of p[row, token] v[token], for 16 * `vectors` dims, over pages of values [16, V].
+
+    Of int8 the codes are summed: whoever calls has multiplied p by the scales.
 
     Arguments: p, its stride, the addresses of the pages, the bytes from a page's address to these dims, how many
     tokens, the bytes from one token's values to the next one's, out, its stride, and pages that are wanted next, as
@@ -230,7 +236,20 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
     return tile(emit, "i" * 10)
 
 
-_KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2)}
+def scale_tile() -> Any:
+    """p[row, 0 .. 15] times 16 scales. Arguments: p, its stride, rows, scales."""
+
+    def emit(t: Tile, given: list[Value]) -> None:
+        p, p_stride, rows, scales_at = given
+        scales = t.load(scales_at, F32X16)
+        with t.loop(rows) as row:
+            place = t.at(p, t.b.mul(row, p_stride))
+            t.store(t.b.fmul(t.load(place, F32X16), scales), place)
+
+    return tile(emit, "i" * 4)
+
+
+_KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2), "int8": (I8, 1)}
 
 
 def _sums(t: Tile, rows: int, start: Callable[[int], Value]) -> list[list[Value]]:
