@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.harness import Claim, at_least, report
 from benchmarks.serving.contenders.limits import Limits, measure_limits
 from benchmarks.serving.contenders.model import SHAPE, model_folder
-from benchmarks.serving.contenders.page import Row, write_page
+from benchmarks.serving.contenders.page import Row, kept_with, write_page
 from benchmarks.serving.contenders.pool import (
     OURS,
     THREADS,
@@ -150,7 +150,7 @@ def rows_of(cell: Cell, figures: Figures, limits: Limits, tokens: int) -> list[R
         speeds = statistics.median(figures.prefill[entry]), statistics.median(figures.decode[entry])
         shares = (speeds[0] / prefill, speeds[1] / decode) if entry.precision == cell.precision else (None, None)
         at = (cell.precision, cell.prompt, cell.batch)
-        rows.append(Row(*at, entry.name, *speeds, *shares, figures.disturbed))
+        rows.append(Row(*at, entry.name, *speeds, *shares, figures.disturbed, len(figures.prefill[entry])))
     return rows
 
 
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--urgent", action="store_true", help="go before other processes (as root): not an idle machine"
     )
-    parser.add_argument("--page", type=Path, help="a Markdown file to write with all figures")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write, with what earlier runs measured")
     parser.add_argument("--home", type=Path, default=Path("build/benchmarks/serving"), help="where the model is kept")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -246,7 +246,8 @@ def main() -> int:
                 contender.close()
     report(__file__, claims)
     if chosen.page:
-        write_page(chosen.page, rows, threads=THREADS, repeats=chosen.repeats, steps=chosen.tokens - 1)
+        kept = kept_with(chosen.home / "throughput.json", rows)
+        write_page(chosen.page, kept, threads=THREADS, steps=chosen.tokens - 1)
     return 0 if measured or (chosen.only and OURS not in chosen.only) else 1
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _HEAD = """# Tokens per second of the engine and its peers
 
 Written by `python -m benchmarks.serving.throughput --page docs/reference/serving_speed.md`: a Llama of 124.7 M
-parameters with random weights, {threads} processors, medians of {repeats} alternating repeats. Decoding is {steps}
-tokens after the prompt. Shares are of the limit of that precision on this machine: for decoding reading all weights and
+parameters with random weights, {threads} processors, medians of alternating repeats. Decoding is {steps} tokens after
+the prompt. Shares are of the limit of that precision on this machine: for decoding reading all weights and
 keys once a step, or the peak of multiplication where that takes longer; for prefill the peak.
 """
 
@@ -28,11 +29,21 @@ class Row:
     prefill_share: float | None
     decode_share: float | None
     disturbed: float
+    repeats: int
 
 
-def write_page(path: Path, rows: Sequence[Row], *, threads: int, repeats: int, steps: int) -> None:
+def kept_with(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """`rows` and those of other precisions and prompts that earlier runs left in the file `path`, which keeps all."""
+    new = {(row.precision, row.prompt, row.batch) for row in rows}
+    before = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    kept = [row for row in before if (row.precision, row.prompt, row.batch) not in new] + list(rows)
+    path.write_text(json.dumps([asdict(row) for row in kept], indent=1), encoding="utf-8")
+    return sorted(kept, key=lambda row: (row.precision, row.prompt, row.batch))
+
+
+def write_page(path: Path, rows: Sequence[Row], *, threads: int, steps: int) -> None:
     """A table for each precision and length of prompt."""
-    parts = [_HEAD.format(threads=threads, repeats=repeats, steps=steps)]
+    parts = [_HEAD.format(threads=threads, steps=steps)]
     for precision, prompt in dict.fromkeys((row.precision, row.prompt) for row in rows):
         of = [row for row in rows if (row.precision, row.prompt) == (precision, prompt)]
         batches = list(dict.fromkeys(row.batch for row in of))
@@ -45,8 +56,10 @@ def write_page(path: Path, rows: Sequence[Row], *, threads: int, repeats: int, s
             cells += [_cell(found[batch].decode_tok_per_s, found[batch].decode_share) for batch in batches]
             lines.append(f"| {contender} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines) + "\n")
-        disturbed = max(row.disturbed for row in of)
-        parts.append(f"Others had at most {disturbed:.0%} of the machine meanwhile.\n")
+        disturbed, repeats = max(row.disturbed for row in of), sorted({row.repeats for row in of})
+        parts.append(
+            f"Repeats: {' or '.join(map(str, repeats))}. Others had at most {disturbed:.0%} of the machine meanwhile.\n"
+        )
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
