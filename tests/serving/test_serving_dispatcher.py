@@ -20,6 +20,7 @@ from sihe.serving.gateway.replicas.answer import RoutedStream
 from sihe.serving.gateway.replicas.config import LocalBackend, ReplicaConfig
 from sihe.serving.gateway.replicas.dispatcher import Dispatcher
 from sihe.serving.gateway.replicas.replica import Replica
+from sihe.serving.gateway.replicas.types import ReplicaState
 
 ASK = GenerationRequest(prompt=(5, 6, 7), max_tokens=3, temperature=0)
 VERSION = ModelVersion("tiny", 1, "", None, datetime(2026, 1, 1, tzinfo=UTC), (), {})
@@ -198,3 +199,9 @@ def test_deadlines_hold_while_a_route_drains(desk: Dispatcher, replica: Replica)
     with pytest.raises(DeadlineExceeded):
         answer.result(30)
     running.close()
+
+
+def test_a_replica_may_be_retired_by_two(replica: Replica) -> None:
+    replica.retire(drain=False)
+    replica.retire(drain=False)
+    assert replica.state is ReplicaState.GONE

@@ -89,14 +89,15 @@ class Replica:
 
     def retire(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Finishes what has begun, for at most `timeout_s` (or, without `drain`, ends it with an error), and frees the
-        memory. Blocks."""
+        memory. Blocks. Safe to call again: two who close a route may meet here."""
         if self.state is ReplicaState.READY:
             self._move(ReplicaState.DRAINING)
         served = self._served
         if served is not None:
             served.close(drain=drain, timeout_s=timeout_s)
         self._served = None
-        self._move(ReplicaState.GONE)
+        if self.state is not ReplicaState.GONE:
+            self._move(ReplicaState.GONE)
 
     def abandon(self) -> None:
         """Ends, with an error, what a `retire` in another thread waits for."""
