@@ -300,6 +300,7 @@ def test_who_answers_is_known_when_the_first_token_comes() -> None:
     second.deliver(GenerationEvent("a", (1,), Usage(3, 1), "stop"))
     assert answer.result(30).text == "a"
     assert answer.served_by == "tiny@3"
+    assert second.next_event(0) is None, "an answer is not kept twice"
 
 
 def test_when_the_time_is_up_no_arm_gets_more_of_it() -> None:

@@ -45,6 +45,7 @@ class GenerationStream:
         self.arm = ""
         self._abort = abort
         self._relay = relay
+        self._has_reader = relay is None
         self._changed = threading.Condition()
         self._events: list[GenerationEvent] = []
         self._error: BaseException | None = None
@@ -111,11 +112,12 @@ class GenerationStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def watch(self, listener: Callable[[Heard], None]) -> None:
+    def watch(self, listener: Callable[[Heard], None], *, instead: bool = False) -> None:
         """Tells one more `listener` what comes from here on, and first what has come and no reader has taken yet.
 
         It hears each event, then the error that ends the stream, or None when the reader closes it before its end, on
-        the thread that does so: it must return at once, raise nothing, and leave this stream alone.
+        the thread that does so: it must return at once, raise nothing, and leave this stream alone. One that hears
+        `instead` of a reader is the last to be told what was kept: nothing is kept any more.
         """
         with self._changed:
             self._listeners.append(listener)
@@ -125,6 +127,9 @@ class GenerationStream:
                 listener(self._error)
             elif self._ended and not self._events:
                 listener(None)
+            if instead:
+                self._has_reader = False
+                self._events.clear()
 
     # ---- the engine's side ------------------------------------------------------------------------------------------
 
@@ -140,7 +145,7 @@ class GenerationStream:
         with self._changed:
             if self._ended:
                 return None
-            if self._relay is None and event is not None:
+            if self._has_reader and event is not None:
                 self._events.append(event)
             self._error = error
             self._ended = ended

@@ -155,7 +155,7 @@ class LiveDeployment:
             return self._instead(passage)
         self._watch(passage, first, started_s=started_s)
         handover = Handover(first, lambda: self._instead(passage))
-        first.watch(handover.hear)
+        first.watch(handover.hear, instead=True)
         return handover.answer
 
     def turn(self, sender: Sender, *, tenant: str = "", version: int | None = None, weight: float = 1.0) -> Turn:

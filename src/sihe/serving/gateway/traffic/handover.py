@@ -68,7 +68,7 @@ class Handover:
         self.answer.served_by, self.answer.arm = stream.served_by, stream.arm
         if left:
             stream.close()
-        stream.watch(self.hear)
+        stream.watch(self.hear, instead=True)
 
     def _leave(self, _id: int) -> None:
         with self._lock:
