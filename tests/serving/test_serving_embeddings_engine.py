@@ -16,6 +16,7 @@ from sihe.core.errors import Busy
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.encoder.engine import EncoderEngine
 from sihe.serving.engine.encoder.runner import EncoderRunner
+from sihe.serving.engine.encoder.tokens import EncoderTokenizer
 from sihe.serving.engine.encoder.types import MAX_INPUTS, EmbeddingRequest, Floats, RerankRequest
 from sihe.serving.engine.ports import NoObserver, RequestStats, StepStats
 from sihe.serving.errors import (
@@ -51,6 +52,34 @@ def test_empty_and_broken_texts_are_named(embedder: EncoderEngine, reranker: Enc
     for call in (lambda: EmbeddingRequest(("a",), dimensions=0), lambda: RerankRequest("a", ("b",), 0)):
         with pytest.raises(InvalidRequest, match="at least 1"):
             call()
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    embedder: EncoderEngine, reranker: EncoderEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    encode = EncoderTokenizer._encode
+
+    def counted(self: EncoderTokenizer, inputs: Any, parameter: str, **more: Any) -> Any:
+        asked.append(len(inputs))
+        return encode(self, inputs, parameter, **more)
+
+    monkeypatch.setattr(EncoderTokenizer, "_encode", counted)
+    long = "a" * (100 * embedder.max_tokens + 1)
+    with pytest.raises(InvalidRequest, match=r"input\[1\] has 6401 characters"):
+        embed(embedder, "fox", long)
+    documents = ("dog",) * 1000
+    with pytest.raises(InvalidRequest, match="query has"):
+        reranker.submit(RerankRequest(long, documents))
+    with pytest.raises(InvalidRequest, match=r"documents\[1\] has"):
+        reranker.submit(RerankRequest("fox", ("dog", long)))
+    assert asked == [1]
+    with pytest.raises(InputTooLong, match="query has"):  # once alone, and not once for each document
+        reranker.submit(RerankRequest("dog " * 100, documents))
+    assert asked == [1, 1]
+    cut = reranker.submit(RerankRequest("fox", ("dog " * 5000,), max_document_tokens=5)).result(30).values
+    same = reranker.submit(RerankRequest("fox", ("dog " * 50,), max_document_tokens=5)).result(30).values
+    assert np.array_equal(cut, same)
 
 
 def test_a_model_does_what_it_is_for(embedder: EncoderEngine, reranker: EncoderEngine) -> None:

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sihe.core import settings
+from sihe.core.errors import InvalidInput
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
 from sihe.serving.errors import EngineClosed
@@ -219,6 +220,11 @@ def test_a_canary_that_refuses_what_the_stable_version_takes_is_charged_with_it(
     for number in range(20):  # what both refuse is the caller's own mistake
         assert house.ask(session=f"t{number}", **{"x-sihe-timeout-ms": "never"}).status_code == 400
     assert house.counts()["wide"] == (requests, errors)
+
+
+def test_a_shadow_is_refused_rather_than_left_without_copies(house: House) -> None:
+    with pytest.raises(InvalidInput, match="does not generate"):
+        house.gateway.traffic.set_shadow("line", "line@2")
 
 
 def test_replicas_that_are_lost_are_asked_no_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from sihe.core.errors import InternalError, InvalidInput
 from sihe.serving.errors import EngineClosed, EngineDead, Expired, InferenceFailed, QueueFull
+from sihe.serving.predictive import predictor
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.ports import BatchStats, Outcome
 from sihe.serving.predictive.predictor import Predictor
@@ -228,6 +229,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         for future in waiting:
             future.result(30)
         assert house.notes.outcomes.count("refused") == 1
+
+
+def test_large_requests_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "_LARGE_BYTES", 100)
+    monkeypatch.setattr(predictor, "_MAX_WAITING_BYTES", 1000)
+    with House() as house:
+        house.hold()
+        first = house.ask(np.ones((200, 1)))  # however large, if nobody waits
+        with pytest.raises(QueueFull):
+            house.ask(np.ones((13, 1)))
+        small = house.ask(np.ones((12, 1)))
+        house.backend.open.set()
+        first.result(30)
+        small.result(30)
 
 
 def test_a_caller_that_goes_away_is_not_computed_for() -> None:

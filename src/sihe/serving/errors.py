@@ -65,9 +65,10 @@ class InvalidRequest(InvalidInput):
 class InputTooLong(TooLarge):
     """One text of a request is longer than the model reads; `parameter` and `index` say which."""
 
-    def __init__(self, parameter: str, index: int, *, limit: int, actual: int) -> None:
+    def __init__(self, parameter: str, index: int | None, *, limit: int, actual: int) -> None:
+        where = parameter if index is None else f"{parameter}[{index}]"
         super().__init__(
-            f"{parameter}[{index}] has {actual} tokens and the model reads {limit}: shorten it, or cut it in parts",
+            f"{where} has {actual} tokens and the model reads {limit}: shorten it, or cut it in parts",
             limit=limit,
             actual=actual,
             unit="tokens",

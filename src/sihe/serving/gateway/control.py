@@ -23,6 +23,7 @@ from sihe.serving.gateway.traffic.request_log import RequestRecord
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
+from sihe.serving.predictive.config import PredictiveConfig
 
 
 class TrafficControl:
@@ -81,6 +82,10 @@ class TrafficControl:
         """Sends copies of a `share` of requests to `target`; None ends that. Raises `NotFound`, `InvalidInput`."""
         if target is None:
             return self._change(name, lambda policy: replace(policy, shadow=None))
+        live = self._live(name)
+        capability = live.stable.capability if live is not None else None
+        if isinstance(self._deployments.get(name).settings, PredictiveConfig) or capability not in (None, "generation"):
+            raise InvalidInput(f"{name!r} does not generate, and only generating models have a shadow: use an arm")
         model, selector = self._target(target)
         shadow = Shadow(model, selector, share, only_idle=only_idle, max_waiting=max_waiting)
         return self._change(name, lambda policy: replace(policy, shadow=shadow))

@@ -28,6 +28,8 @@ from sihe.serving.predictive.pending import Pending, joined, named, split
 from sihe.serving.predictive.ports import Backend, BatchStats, NoObserver, PredictorObserver
 from sihe.serving.predictive.types import Array, InferenceRequest, InferenceResult, ModelDescription
 
+_LARGE_BYTES = 2**20  # of the inputs of a request, from which on it is asked how much memory they hold together
+_MAX_WAITING_BYTES = 2**30
 # How far an answer alone and one beside another row may lie apart: kernels sum in another order for another number of
 # rows. Types of half the width have 8 to 11 bits.
 _SAME = {"FP64": 1e-4, "FP32": 1e-3, "FP16": 2e-2, "BF16": 2e-2}
@@ -118,7 +120,7 @@ class Predictor:
         future: Future[InferenceResult] = Future()
         with self._changed:
             self._check_open()
-            self._check_queue()
+            self._check_queue(request)
             now_s = self._clock.monotonic_s()  # in here, so that arrivals come in the order of their times
             item = Item(
                 id=id,
@@ -216,9 +218,14 @@ class Predictor:
         if self._closing:
             raise EngineClosed(f"model {self.name} is closing and takes no new requests")
 
-    def _check_queue(self) -> None:
-        waiting = len(self._queue)
-        if waiting >= self.config.max_waiting:
+    def _check_queue(self, request: InferenceRequest) -> None:
+        """Under the condition. Raises `QueueFull` where too many wait, or large ones would fill the memory."""
+        waiting, size_bytes = len(self._queue), _size_bytes(request)
+        is_full = waiting >= self.config.max_waiting
+        if size_bytes > _LARGE_BYTES and not is_full:
+            held_bytes = sum(_size_bytes(pending.request) for pending in self._pending.values())
+            is_full = waiting > 0 and held_bytes + size_bytes > _MAX_WAITING_BYTES
+        if is_full:
             self._observer.on_request("refused", None)
             batches = waiting / self.config.max_batch_size / self.config.instances
             raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, batches * self._compute_s)))
@@ -414,6 +421,10 @@ class Predictor:
         error = EngineDead(f"model {self.name} has stopped: {self._death}")
         error.__cause__ = self._death
         return error
+
+
+def _size_bytes(request: InferenceRequest) -> int:
+    return sum(array.nbytes for array in request.inputs.values())
 
 
 def _rows(request: InferenceRequest) -> int:

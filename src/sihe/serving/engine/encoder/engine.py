@@ -40,6 +40,7 @@ from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, Reque
 from sihe.serving.errors import EncodingFailed, EngineClosed, EngineDead, InputTooLong, QueueFull, WrongCapability
 
 EncodeRequest = EmbeddingRequest | RerankRequest
+_CHARACTERS = 100  # of one token at most, as far as a text is looked at: real ones have 1 to 20
 
 
 @dataclass(slots=True)
@@ -189,7 +190,7 @@ class EncoderEngine:
     def _read(self, request: EncodeRequest, job: EncodeJob, on_done: Callable[[], None] | None) -> _Request:
         if isinstance(request, RerankRequest):
             self._check_capability("rerank")
-            documents = self.tokenizer.pairs(request.query, request.documents, request.max_document_tokens)
+            documents = self._pairs(request)
             parameter, skipped, dimensions = "documents", [0] * len(documents), None
         else:
             self._check_capability("embeddings")
@@ -220,6 +221,30 @@ class EncoderEngine:
             on_done=on_done,
         )
 
+    def _pairs(self, request: RerankRequest) -> list[Document]:
+        """The query is tokenised with each document, so one that is too long is found before that is done."""
+        self._check_length("query", None, request.query)
+        (query,) = self.tokenizer.texts([request.query], "query")
+        if len(query.tokens) > self.max_tokens:
+            raise InputTooLong("query", None, limit=self.max_tokens, actual=len(query.tokens))
+        limit, texts = request.max_document_tokens, request.documents
+        if limit is not None:
+            most = min(limit, self.max_tokens) * _CHARACTERS
+            texts = tuple(text[:most] for text in texts)
+        for index, text in enumerate(texts):
+            self._check_length("documents", index, text)
+        return self.tokenizer.pairs(request.query, texts, limit)
+
+    def _check_length(self, parameter: str, index: int | None, text: str) -> None:
+        """Refuses what is longer than any text that fits: tokenising it would take more time and memory than all else.
+
+        Raises `InvalidRequest`.
+        """
+        most = self.max_tokens * _CHARACTERS
+        if len(text) > most:
+            reason = f"has {len(text)} characters, and the model reads {self.max_tokens} tokens: at most {most}"
+            raise invalid(parameter, index, reason)
+
     def _prompt(self, request: EmbeddingRequest) -> str:
         prompts = self.recipe.prompts
         name = request.prompt or self.recipe.default_prompt
@@ -231,6 +256,9 @@ class EncoderEngine:
         return prompts[name]
 
     def _documents(self, request: EmbeddingRequest, prompt: str) -> list[Document]:
+        for index, item in enumerate(request.inputs):
+            if isinstance(item, str):
+                self._check_length("input", index, item)
         texts = [prompt + item for item in request.inputs if isinstance(item, str)]
         encoded = iter(self.tokenizer.texts(texts, "input") if texts else ())
         documents = []

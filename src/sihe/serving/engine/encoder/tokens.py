@@ -41,7 +41,6 @@ class EncoderTokenizer:
     def pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> list[Document]:
         """The query with each document, cut after so many of its own tokens. Raises `InvalidRequest`."""
         query, documents = self._cased(query), [self._cased(document) for document in documents]
-        self._encode([query], "query")
         if max_document_tokens is not None:
             documents = self._cut(documents, max_document_tokens)
         found = self._encode([(query, document) for document in documents], "documents")
