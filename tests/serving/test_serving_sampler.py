@@ -108,6 +108,31 @@ def test_a_token_is_found_in_its_block_as_in_the_whole_row() -> None:
     assert [chosen.token for chosen in sample(rows, draws)] == plain
 
 
+@pytest.mark.parametrize("size", [40, 256, 700, 5000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_a_cpu_draws_what_any_device_does(size: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours for float32 in main memory, and torch's operations elsewhere: the same numbers choose the same tokens."""
+    source = random.Random(size)
+    rows = logits(size, rows=200, size=size) * spread
+    rows[::7, ::3] = -torch.inf
+    draws = [
+        draw(
+            at,
+            temperature=source.choice([0.3, 1.0, 2.0]),
+            top_k=source.choice([0, 0, 1, 5, 100, 10**6]),
+            top_p=source.choice([1.0, 0.95, 0.5, 1e-6]),
+            min_p=source.choice([0.0, 0.0, 0.1]),
+        )
+        for at in range(200)
+    ]
+    ours = [chosen.token for chosen in sample(rows, draws)]
+    wider = torch.zeros(200, size + 24)  # rows apart from each other, as they come from padded matrices
+    wider[:, :size] = rows
+    assert [chosen.token for chosen in sample(wider[:, :size], draws)] == ours
+    monkeypatch.setattr("sihe.serving.engine.sampler._is_on_cpu", lambda _: False)
+    assert [chosen.token for chosen in sample(rows, draws)] == ours
+
+
 # ---- what changes logits ---------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,12 @@ it. Addresses are plain numbers: whoever calls a tile answers for what lies ther
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llvmlite import binding, ir
@@ -31,6 +34,18 @@ def has_vnni() -> bool:
     """Whether the processor multiplies bytes four at a time (AVX-512 VNNI)."""
     features = binding.get_host_cpu_features()
     return bool(features.get("avx512f") and features.get("avx512vnni"))
+
+
+def digest_of(*modules: ModuleType) -> str:
+    """A digest of their sources, for functions that are compiled from several files and kept on disk.
+
+    Numba keeps a compiled function by the file that it stands in and by the variables of its closure, and would take an
+    old kernel for the present one where another file has changed: a digest in the closure tells them apart.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
 
 
 def tile(emit: Emit, arguments: str) -> Any:

@@ -86,13 +86,8 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         best_B, tokens_B = _best(adjusted_BV)
     tokens = tokens_B.tolist()
     random = [row for row, draw in enumerate(draws) if draw.temperature > 0 and finite[row]]
-    plain = [row for row in random if not draws[row].is_restricted]
-    restricted = [row for row in random if draws[row].is_restricted]
-    for rows, choose in ((plain, _draw_plain), (restricted, _draw_restricted)):
-        if rows:
-            scaled = _scaled(adjusted_BV, best_B, draws, rows)
-            for row, token in zip(rows, choose(scaled, [draws[row] for row in rows]), strict=True):
-                tokens[row] = token
+    for row, token in zip(random, _drawn(adjusted_BV, best_B, draws, random), strict=True):
+        tokens[row] = token
     logprobs = _logprobs(logits_BV, tokens, draws, finite)
     return [
         Sampled(token, is_finite, *logprobs.get(row, (None, ())))
@@ -196,9 +191,47 @@ def _ban(row_V: Tensor, draw: Draw) -> None:
 # ---- from temperature on ---------------------------------------------------------------------------------------------
 
 
+def _drawn(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    """A token for each of `rows`."""
+    if not rows:
+        return []
+    if _is_on_cpu(logits_BV):
+        return _draw_on_cpu(logits_BV, best_B, [draws[row] for row in rows], rows)
+    tokens: dict[int, int] = {}
+    plain = [row for row in rows if not draws[row].is_restricted]
+    restricted = [row for row in rows if draws[row].is_restricted]
+    for chosen, choose in ((plain, _draw_plain), (restricted, _draw_restricted)):
+        if chosen:
+            scaled = _scaled(logits_BV, best_B, draws, chosen)
+            tokens.update(zip(chosen, choose(scaled, [draws[row] for row in chosen]), strict=True))
+    return [tokens[row] for row in rows]
+
+
+def _draw_on_cpu(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    from sihe.serving.engine.compute.cpu.draws import draw_rows  # loads a compiler
+
+    settings = [
+        (
+            draw.temperature,
+            math.log(draw.min_p) if draw.min_p > 0 else -math.inf,
+            draw.top_p,
+            uniform(draw.seed, draw.position),
+        )
+        for draw in draws
+    ]
+    top_k = np.array([draw.top_k for draw in draws], np.int64)
+    found = draw_rows(logits_BV.numpy(), best_B.numpy(), np.array(rows, np.int64), np.array(settings), top_k)
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+def _is_on_cpu(logits_BV: Tensor) -> bool:
+    return logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32 and logits_BV.stride(-1) == 1
+
+
 def _best(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's largest logit, NaN where there is one, and which it is."""
-    if logits_BV.device.type != "cpu" or logits_BV.dtype != torch.float32:
+    if not _is_on_cpu(logits_BV):
         return logits_BV.max(dim=-1)
     array_BV = logits_BV.numpy()  # numpy's search is ten times as fast as torch's, which also wakes torch's threads
     tokens_B = array_BV.argmax(-1)

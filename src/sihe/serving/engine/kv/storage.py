@@ -42,7 +42,8 @@ class KvPages:
         common = (config.num_layers, num_blocks, config.num_kv_heads)
         self.value_dim = _value_dim(config)
         self.width = _padded(self.value_dim)
-        keys, values = (config.head_dim, BLOCK_TOKENS), (BLOCK_TOKENS, self.width)
+        keys: tuple[int, ...] = (config.head_dim, BLOCK_TOKENS)
+        values: tuple[int, ...] = (BLOCK_TOKENS, self.width)
         if dtype == torch.int8:
             keys, values = ((_page_bytes(dim, dtype),) for dim in (config.head_dim, self.width))
         self.keys = _zeros((*common, *keys), dtype, device)

@@ -189,9 +189,10 @@ def _quantising(x: int, size: int) -> Any:
 
 
 @compiled
-def _code(number: float, factor: float) -> int:
+def _code(number: Any, factor: Any) -> Any:
     exact = number * factor
-    return int8(int32(exact + float32(0.5)) if exact >= float32(0.0) else int32(exact - float32(0.5)))
+    half = float32(0.5) if exact >= float32(0.0) else float32(-0.5)
+    return int8(int32(exact + half))
 
 
 @compiled

@@ -8,7 +8,6 @@ system has put aside stops nobody.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import sys
 import threading
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from sihe.core import simd
 from sihe.core.simd import (
     add_atomic,
+    digest_of,
     int32_at,
     int64_at,
     load_atomic,
@@ -156,16 +156,8 @@ SOURCES = (simd, tiles, kernels, attention, sys.modules[__name__])
 """The modules whose code is compiled into `_work`."""
 
 
-def _digest() -> str:
-    digest = hashlib.sha256()
-    for module in SOURCES:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
 def _compiled(sources: str) -> Any:
-    """`_work`, kept on disk for as long as `sources` are the same: numba itself looks at the file of a function alone,
-    not at those of the functions that it calls, and would take an old kernel for the present one."""
+    """`_work`, kept on disk for as long as `sources` are the same."""
 
     @njit(nogil=True, cache=True)
     def _work(shared: int, semaphores: int, helpers: int, scratch: int) -> None:
@@ -197,7 +189,7 @@ def _compiled(sources: str) -> Any:
     return _work
 
 
-_work = _compiled(_digest())
+_work = _compiled(digest_of(*SOURCES))
 
 
 class Team:
