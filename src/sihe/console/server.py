@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import math
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from sihe.core.workspace import Workspace
 
 _BACKLOG = 2048
 _TICK_S = 0.1
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _LAST_WORDS_S = 5  # for streams whose time is over to say so, on top of it
 
 
@@ -55,6 +58,7 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
     """
     server_settings = workspace.settings.server
     bound = listen(server_settings.host, server_settings.port)
+    _share_heaps()
     from sihe.console.app import create_app  # it takes a second or two to load, and a taken port is said before
 
     try:
@@ -79,6 +83,18 @@ def serve(workspace: Workspace, *, on_ready: Callable[[str], None] | None = None
             raise console.failure
     finally:
         bound.close()
+
+
+def _share_heaps() -> None:
+    """Two of glibc's heaps for all threads, unless the environment says otherwise.
+
+    It would make up to eight a processor, one after another as models are swapped by new threads, and each keeps the
+    pages of one load: 25 MB over 130 swaps of a small model, with two heaps 1 MB over 250.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's: other C libraries have no such heaps
+        if mallopt is not None:
+            mallopt(_M_ARENA_MAX, 2)
 
 
 class _Server(uvicorn.Server):
