@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,26 +171,28 @@ def show(cell: Cell, figures: Figures, rows: list[Row]) -> None:
         print(f"  others had up to {figures.disturbed:.0%} of this machine while that was timed")
 
 
-def claims_of(cell: Cell, figures: Figures) -> list[Claim]:
-    """Ours against the best peer of the precision, and int8 against vLLM's bf16."""
-    claims = []
-    for phase, values, goal in (
-        ("prefill", figures.prefill, PREFILL_GOAL),
-        ("decode", figures.decode, DECODE_GOAL),
-    ):
-        middle = {entry: statistics.median(found) for entry, found in values.items()}
-        ours = next((speed for entry, speed in middle.items() if entry.module == OURS), None)
-        peers = {entry: s for entry, s in middle.items() if entry.module != OURS and entry.precision == cell.precision}
-        where = f"{phase}, {cell.precision}, batch {cell.batch}, prompt {cell.prompt}"
+def claims_of(rows: Sequence[Row]) -> list[Claim]:
+    """Of each cell: ours against the best peer of the precision, and int8 against vLLM's bf16."""
+    claims: list[Claim] = []
+    for precision, prompt, batch in dict.fromkeys((row.precision, row.prompt, row.batch) for row in rows):
+        cell = {
+            row.contender: row for row in rows if (row.precision, row.prompt, row.batch) == (precision, prompt, batch)
+        }
+        ours = cell.get(f"{OURS} {precision}")
         if ours is None:
             continue
-        if peers:
-            best = max(peers, key=lambda entry: peers[entry])
-            claims.append(
-                at_least(f"{where}: best peer is {best.module}", ours, peers[best], unit="tokens/s", ratio=goal)
-            )
-        if phase == "decode" and cell.precision == "int8" and cell.batch > 1 and _VLLM in middle:
-            claims.append(at_least(f"{where}: vLLM's bf16", ours, middle[_VLLM], unit="tokens/s", ratio=INT8_GOAL))
+        for phase, goal in (("prefill", PREFILL_GOAL), ("decode", DECODE_GOAL)):
+            speed = {name: getattr(row, f"{phase}_tok_per_s") for name, row in cell.items()}
+            peers = {name: speed[name] for name in speed if name.endswith(f" {precision}") and name != ours.contender}
+            where = f"{phase}, {precision}, batch {batch}, prompt {prompt}"
+            mine = speed[ours.contender]
+            if peers:
+                best = max(peers, key=lambda name: peers[name])
+                title = f"{where}: best peer is {best.split()[0]}"
+                claims.append(at_least(title, mine, peers[best], unit="tokens/s", ratio=goal))
+            if phase == "decode" and precision == "int8" and batch > 1 and _VLLM.name in speed:
+                title = f"{where}: vLLM's bf16"
+                claims.append(at_least(title, mine, speed[_VLLM.name], unit="tokens/s", ratio=INT8_GOAL))
     return claims
 
 
@@ -221,7 +224,6 @@ def main() -> int:
     chosen = parse()
     end_on_signal()
     folder = model_folder(chosen.home.resolve())
-    claims: list[Claim] = []
     rows: list[Row] = []
     measured = True
     for precision in chosen.precisions:
@@ -240,14 +242,13 @@ def main() -> int:
                 found = rows_of(cell, figures, limits, chosen.tokens)
                 show(cell, figures, found)
                 rows += found
-                claims += claims_of(cell, figures)
         finally:
             for contender in contenders:
                 contender.close()
-    report(__file__, claims)
     if chosen.page:
-        kept = kept_with(chosen.home / "throughput.json", rows)
-        write_page(chosen.page, kept, threads=THREADS, steps=chosen.tokens - 1)
+        rows = kept_with(chosen.home / "throughput.json", rows)
+        write_page(chosen.page, rows, threads=THREADS, steps=chosen.tokens - 1)
+    report(__file__, claims_of(rows))
     return 0 if measured or (chosen.only and OURS not in chosen.only) else 1
 
 
