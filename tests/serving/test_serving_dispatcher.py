@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -16,6 +18,7 @@ from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
 from sihe.serving.errors import DeadlineExceeded, EngineDead, NotReady
+from sihe.serving.gateway.replicas import dispatcher as dispatching
 from sihe.serving.gateway.replicas.answer import RoutedStream
 from sihe.serving.gateway.replicas.config import LocalBackend, ReplicaConfig
 from sihe.serving.gateway.replicas.dispatcher import Dispatcher
@@ -199,6 +202,24 @@ def test_deadlines_hold_while_a_route_drains(desk: Dispatcher, replica: Replica)
     with pytest.raises(DeadlineExceeded):
         answer.result(30)
     running.close()
+
+
+def test_who_waits_with_a_thread_leaves_threads_for_other_deployments(
+    desk: Dispatcher, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(dispatching, "_PLACES", places)
+    other, waits = dispatcher(ReplicaConfig(wait_s=60)), threading.Event()
+    desk._on_change = waits.set
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(desk.obtain)
+        assert waits.wait(30)
+        with pytest.raises(NotReady, match="on their way"):
+            other.obtain()
+        desk.open_to([replica])
+        assert found.result(30) is replica
+    assert places.acquire(blocking=False), "it was given back"
+    replica.retire(drain=False)
 
 
 def test_a_replica_may_be_retired_by_two(replica: Replica) -> None:

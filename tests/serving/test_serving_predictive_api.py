@@ -240,6 +240,26 @@ def test_metadata(client: triton.InferenceServerClient) -> None:
         assert caught.value.status() == "404"
 
 
+def test_who_waits_for_a_models_metadata_holds_up_nobody(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, woken = threading.Event(), threading.Event()
+    call = Held.call
+
+    def waking(self: Held, work: Callable[[Any], T]) -> T:
+        asked.set()
+        assert woken.wait(30)
+        return call(self, work)
+
+    monkeypatch.setattr(Held, "call", waking)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(httpx.get, f"{house.url}/v2/models/iris", timeout=30)
+        assert asked.wait(30)
+        try:
+            assert httpx.get(f"{house.url}/v2/health/live", timeout=10).json() == {"live": True}
+        finally:
+            woken.set()
+        assert waiting.result(30).json()["name"] == "iris"
+
+
 def test_models_of_other_kinds_are_told_where_they_answer(client: triton.InferenceServerClient, house: House) -> None:
     house.shelf.held["writer"] = SimpleNamespace(version="1")  # anything that is no predictor
     try:

@@ -22,6 +22,7 @@ from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
 from sihe.serving.errors import EngineClosed
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
 from sihe.serving.predictive.backends.sklearn import SklearnBackend
 from sihe.serving.predictive.predictor import Predictor
@@ -144,6 +145,46 @@ def test_a_version_that_is_named_comes_from_its_arm_and_counts_for_none(house: H
     assert house.ask(version="7").status_code == 404
     assert house.ask(version="²").status_code == 404
     assert set(house.counts().values()) == {(0, 0)}
+
+
+def test_a_version_that_is_named_is_found_while_arms_go(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.gateway.traffic.set_arm("line", "b", "line@2", 0.01)
+    house.until(house.has_arm("b"))
+    status, here = Route.status, threading.get_ident()
+
+    def going(self: Route) -> Any:
+        if threading.get_ident() == here:  # as the gateway's own thread would do it
+            live = house.gateway._live["line"]
+            live._routes = {"stable": live.stable}
+        return status(self)
+
+    monkeypatch.setattr(Route, "status", going)
+    assert house.gateway.turn("line", version=2).arm == "b"
+
+
+def test_what_a_canary_gives_and_json_cannot_carry_is_its_failure(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SklearnBackend.run
+
+    def nothing(self: SklearnBackend, inputs: Any, outputs: frozenset[str]) -> Any:
+        made = run(self, inputs, outputs)
+        is_second = np.allclose(made["prediction"], 2 * inputs["input"][:, 0])
+        return {name: array * np.nan for name, array in made.items()} if is_second else made
+
+    house.gateway.traffic.set_arm("line", "b", "line@2", 0.5)
+    house.until(house.has_arm("b"))
+    monkeypatch.setattr(SklearnBackend, "run", nothing)
+    assert {house.answer(session=f"s{number}") for number in range(20)} == {("stable", "1", 1.0)}
+    requests, errors = house.counts()["b"]
+    assert requests == errors > 0
+
+
+def test_what_a_rollout_waited_for_is_said_no_more_when_it_has_ended(house: House) -> None:
+    house.gateway.rollouts.start("line", "line@2", Plan(steps=(Step(0.5, 1000, 0),), gates=QUICK))
+    house.until(lambda: bool(house.gateway.status("line").rollout_note))
+    house.gateway.rollouts.roll_back("line")
+    assert house.gateway.status("line").rollout_note == ""
 
 
 def test_feedback_reaches_the_arm_that_answered(house: House) -> None:

@@ -255,6 +255,24 @@ def test_models_that_do_not_generate_wake_too(house: House) -> None:
     assert len(house.loaded) == 2
 
 
+def test_a_replica_that_cannot_be_freed_does_not_load_for_ever(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Engine.close
+
+    def refuse(self: Engine) -> None:
+        monkeypatch.setattr(Engine, "close", leak)
+        raise ArithmeticError("the model is broken")
+
+    def leak(self: Engine, **how: object) -> None:
+        monkeypatch.setattr(Engine, "close", close)
+        raise MemoryError("and cannot be closed")
+
+    monkeypatch.setattr(Engine, "warm", refuse)
+    with pytest.raises(ArithmeticError, match="broken"):
+        house.route(ReplicaConfig())
+    until(house._routes[0], lambda: not house._routes[0].replicas())
+    house.engines[0].close(drain=False)
+
+
 def test_who_waits_with_a_thread_waits_within_bounds(house: House) -> None:
     route = house.route(ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY, wait_s=0.2))
     until(route, lambda: not route.replicas())

@@ -115,6 +115,20 @@ def test_what_threads_add_is_all_written(store: UsageStore) -> None:
     assert total(store).requests == 801
 
 
+def test_a_request_from_before_the_months_end_still_finds_what_was_spent(store: UsageStore) -> None:
+    clock, scope = FakeClock(datetime(2026, 1, 31, 23, 59, tzinfo=UTC)), Scope("tenant", "a")
+    ledger = ledger_of(store, clock)
+    ledger.add("a", "k", "chat", Tally(1, 0, 7, 0, 0))
+    january = clock.now().date().replace(day=1)
+    ledger.look_up(scope, january)
+    clock.advance(120)
+    february = clock.now().date()
+    assert spent_by(ledger, scope, february) == 0  # another request, in between
+    assert ledger.spent(scope, january) == 7
+    ledger.look_up(scope, date(2026, 3, 1))
+    assert (scope, january) not in ledger._spent
+
+
 def test_what_is_spent_is_told_at_once_and_once(store: UsageStore) -> None:
     dice, clock = random.Random(3), FakeClock(datetime(2026, 1, 30, tzinfo=UTC))
     ledger, other = ledger_of(store, clock), ledger_of(store, clock)

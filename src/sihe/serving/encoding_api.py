@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sihe.serving.gateway.gateway import Gateway
     from sihe.serving.gateway.turn import Turn
 
-_THREADS = 32  # that tokenise, write answers, and wait for a replica that is on its way (of these, at most sixteen)
+_THREADS = 32  # that tokenise, write answers, and wait for replicas that are on their way (of these, at most 24)
 ReadBody = Callable[[Request], Awaitable[bytes]]
 
 

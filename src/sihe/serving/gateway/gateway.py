@@ -273,7 +273,9 @@ class Gateway:
 
     def _update(self, deployment: Deployment, rollout: Rollout | None) -> None:
         live = self._follow(deployment, rollout)
-        if rollout is not None and self._roll(live, rollout):
+        if rollout is None:
+            self._notes.pop(live.name, None)  # it may have been ended by hand, or by another process
+        elif self._roll(live, rollout):
             self._follow(self._store.get(live.name), self.rollouts.active().get(live.name))
 
     def _follow(self, deployment: Deployment, rollout: Rollout | None) -> LiveDeployment:

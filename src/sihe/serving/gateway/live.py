@@ -1,7 +1,8 @@
 """A deployment as this process serves it: a route for each arm, and the way of a request through them.
 
 A request gets the arm that its key draws. If that arm cannot serve, or fails before the first token, the stable one
-answers: whoever tries a new version out, its trouble is not its callers'. Such requests count for no arm.
+answers: whoever tries a new version out, its trouble is not its callers'. The failure counts against the arm; the
+answer of the stable one, which it did not draw, counts for none.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ class LiveDeployment:
         experiment = self._experiment
         key, arm = self._dealt(sender, tenant, experiment)
         if version is not None:
-            serving = (name for name, route in self._routes.items() if name != SHADOW)
-            arm = next((name for name in serving if self._routes[name].status().version == version), STABLE)
+            routes = self._routes.items()  # of one moment: they may be replaced while their states are asked for
+            arm = next((arm for arm, route in routes if arm != SHADOW and route.status().version == version), STABLE)
         name = feedback_name(sender.request_id, tenant)
         return Turn(self, experiment, arm, key, name=name, weight=weight, counts=version is None, clock=self._clock)
 

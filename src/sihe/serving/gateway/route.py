@@ -164,7 +164,7 @@ class Route:
         With `block` the thread waits for one that is on its way. Raises `NotReady`.
         """
         replica = self._requests.obtain(work=weight, avoid=avoid, block=block)
-        return Lease(replica, weight, self._clock, self._notify)  # a lost one: another is brought in
+        return Lease(replica, weight, self._clock, self._note_lost)
 
     @property
     def max_attempts(self) -> int:
@@ -330,9 +330,16 @@ class Route:
         except Exception as error:  # noqa: BLE001 - the others of the replica go on, and requests that name it say so
             self._log.error("adapters_not_renewed", replica=replica.id, error=repr(error))
 
+    def _note_lost(self, replica: Replica, error: BaseException) -> None:
+        self._log.warning("replica_failed", replica=replica.id, version=replica.version.version, error=repr(error))
+        self._notify()  # another is brought in
+
     def _remove(self, replica: Replica, failure: _Failure | None) -> None:
         """Frees a replica that never served."""
-        replica.retire(drain=False)
+        try:
+            replica.retire(drain=False)
+        except Exception as error:  # noqa: BLE001 - it must not stay in the list as one that loads for ever
+            self._log.error("replica_not_freed", replica=replica.id, error=repr(error), exc_info=error)
         with self._changed:
             self._replicas = tuple(other for other in self._replicas if other is not replica)
             if failure is not None:

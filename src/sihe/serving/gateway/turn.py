@@ -1,9 +1,9 @@
 """The way of one request to a model that does not generate: through the arms of its deployment, and their replicas.
 
 It is started with a function that does the work on what a replica holds, or only begins it there; whoever does so says
-how it has ended, and is told whether to start it again. What an arm does to its callers is what a new version of a
-generating model may do: where it cannot serve, or fails, or refuses what the stable version then takes, the stable
-version answers, and the arm is charged with it.
+how it has ended, and is told whether to start it again. Where an arm cannot serve, or fails, the stable version
+answers, as for generating models; and here also where it refuses a request, as another version may want other inputs.
+The arm is charged with what it failed, and with what it refused and the stable version then took.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Turn:
     def left(self) -> None:
         """The caller is gone."""
         if self._lease is not None:
-            self._lease.end()
+            self._lease.leave()
         self._end("left", None)
 
     def shown(self, error: BaseException) -> BaseException:
@@ -180,7 +180,7 @@ class Turn:
                 return True
         if self.arm == STABLE or not isinstance(error, Exception) or isinstance(error, TimedOut):
             return False
-        culprit = error if self._lost is None else self._lost
+        culprit = self._first_cause(error)
         if isinstance(culprit, UserError):
             self._refusal = (self.arm, culprit, self._spent_s())
         elif not isinstance(culprit, NotReady | Busy):
@@ -195,23 +195,28 @@ class Turn:
         if self._began_s is None:
             return
         spent_s, self._began_s = self._spent_s(), None
-        try:
-            if ending == "finished" and self._refusal is not None:
-                arm, refusal, refused_s = self._refusal
-                self._note(arm, self._outcome("failed", refusal, refused_s), counts=self._counts)
-            if isinstance(error, TimedOut) and self.has_own_limit:
-                ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
-            if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
-                self._note(self.arm, self._outcome(ending, error, spent_s), counts=self._counts and not self._was_moved)
-        except Exception as failure:  # noqa: BLE001 - what is lost is a measurement
-            logger("serving").error("measurement_lost", deployment=self._arms.name, error=repr(failure))
-        finally:
-            self._arms.presence.leave()
+        self._arms.presence.leave()
+        if ending == "finished" and self._refusal is not None:
+            arm, refusal, refused_s = self._refusal
+            self._note(arm, self._outcome("failed", refusal, refused_s), counts=self._counts)
+        if error is not None:
+            error = self._first_cause(error)
+        if isinstance(error, TimedOut) and self.has_own_limit:
+            ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
+        if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
+            self._note(self.arm, self._outcome(ending, error, spent_s), counts=self._counts and not self._was_moved)
+
+    def _first_cause(self, error: BaseException) -> BaseException:
+        """What an error comes of: where a replica was lost, and no other one took the request, that is the loss."""
+        return self._lost if self._lost is not None and isinstance(error, NotReady | Busy) else error
 
     def _note(self, arm: str, outcome: Outcome, *, counts: bool) -> None:
-        if counts:
-            self._experiment.record(arm, outcome, self._cluster, self._key)
-        self._arms.note_outcome(arm, outcome)
+        try:
+            if counts:
+                self._experiment.record(arm, outcome, self._cluster, self._key)
+            self._arms.note_outcome(arm, outcome)
+        except Exception as error:  # noqa: BLE001 - what is lost is a measurement
+            logger("serving").error("measurement_lost", deployment=self._arms.name, error=repr(error))
 
     def _outcome(self, ending: Ending, error: BaseException | None, spent_s: float) -> Outcome:
         said = None if error is None else f"{type(error).__name__}: {error}"

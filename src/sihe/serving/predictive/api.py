@@ -177,13 +177,14 @@ def _add_metadata(routes: APIRouter, models: Models) -> None:
         """Name, version and extensions of the server."""
         return {"name": "sihe", "version": __version__, "extensions": list(EXTENSIONS)}
 
+    # Both may wait for a replica that is on its way, which has no place on the event loop.
     @routes.get("/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    def model(name: str) -> dict[str, Any]:
         """What a model takes and gives."""
         return _metadata(models, name, None)
 
     @routes.get("/models/{name}/versions/{version}")
-    async def model_version(name: str, version: str) -> dict[str, Any]:
+    def model_version(name: str, version: str) -> dict[str, Any]:
         """The same, if that version serves."""
         return _metadata(models, name, version)
 
@@ -279,14 +280,17 @@ async def _infer(request: Request, models: Models, name: str, version: str | Non
             begun = await _started(turn, begin, heavy=heavy)
             try:
                 result = await unless_gone(request.receive, asyncio.wrap_future(begun.future))
+                # What cannot be written was not answered: an arm is charged with it, and another one may do better.
+                write = _Write(begun.predictor, begun.parsed, result, name, headers.get("accept-encoding", ""))
+                response = await run_in_threadpool(write) if heavy else write()
             except StreamClosed:
                 return Response(status_code=CLIENT_GONE)
             except Exception as error:
                 if turn.failed(error):  # nothing was changed by it: safe to try again
                     continue
-                raise turn.shown(error) from error
-            write = _Write(begun.predictor, begun.parsed, result, name, headers.get("accept-encoding", ""))
-            response = await run_in_threadpool(write) if heavy else write()
+                if (shown := turn.shown(error)) is error:
+                    raise
+                raise shown from error
             turn.finished()
             response.headers[ARM_HEADER], response.headers[REQUEST_HEADER] = turn.arm, named
             return response

@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Callable, Mapping
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 from sihe.core.clock import Clock
 from sihe.core.errors import SiheError, Unreachable
@@ -181,9 +181,10 @@ class Ledger:
             with self._changed:
                 self._spent[scope, since] = (self._spent[scope, since][0], now_s)
             return
-        month = since.replace(day=1)  # what is older is asked for no more
+        # What is older is asked for no more; of the last month, by requests that came before midnight, it may be.
+        oldest = (since.replace(day=1) - timedelta(days=1)).replace(day=1)
         with self._changed:
-            self._spent = {key: value for key, value in self._spent.items() if key[0] != scope or key[1] >= month}
+            self._spent = {key: value for key, value in self._spent.items() if key[0] != scope or key[1] >= oldest}
             self._spent[scope, since] = (tokens, now_s)
 
 

@@ -51,7 +51,7 @@ class Breaker:
             self._probed_s = now_s
 
     def withdrawn(self) -> None:
-        """The request was not taken after all, for a reason that says nothing of the replica: the next one may go."""
+        """The request was not taken after all, or left, which says nothing of the replica: the next one may go."""
         self._probed_s = None
 
     def succeeded(self) -> None:

@@ -32,6 +32,7 @@ _THREADS = 4  # that send requests again: tokenising a long prompt must not hold
 _RECENT = 500  # waits for the first token that are kept
 _RECENT_S = 60.0
 _MAX_BLOCKED = 16  # threads that wait for a replica: each is one of the server's pool, which answers others too
+_PLACES = threading.BoundedSemaphore(24)  # for them, of all deployments together: the pools have 32 and 40 threads
 
 
 class Dispatcher:
@@ -141,7 +142,8 @@ class Dispatcher:
     def obtain(self, *, work: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Replica:
         """The same; where none is there and one is on its way, the thread waits for it, for at most `wait_s`.
 
-        Raises `NotReady` when none comes, where it must not `block`, and where sixteen threads wait already.
+        Raises `NotReady` when none comes, where it must not `block`, and where sixteen threads wait already, or
+        twenty-four for all deployments of this process.
         """
         self._last_request_s = self._clock.monotonic_s()
         until_s = time.monotonic() + self._config.wait_s
@@ -161,6 +163,7 @@ class Dispatcher:
             finally:
                 with self._lock:
                     self._blocked -= 1
+                _PLACES.release()
 
     def _wait_for_opening(self, seen: int, until_s: float) -> None:
         with self._lock:
@@ -170,6 +173,8 @@ class Dispatcher:
         """Whether one thread more may wait, which is counted then."""
         with self._lock:
             if self._closed or self._blocked >= _MAX_BLOCKED or time.monotonic() >= until_s:
+                return False
+            if not _PLACES.acquire(blocking=False):
                 return False
             self._blocked += 1
             return True

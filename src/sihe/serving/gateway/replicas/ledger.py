@@ -36,7 +36,7 @@ class Ledger:
             self._outstanding = self._outstanding - work if self._in_flight else 0.0  # sums of floats drift
 
     def withdraw(self, work: float) -> None:
-        """The replica did not take the request, and nothing is known of how it does."""
+        """The replica did not take the request, or nobody waited for its answer: nothing is known of how it does."""
         with self._lock:
             self._breaker.withdrawn()
         self.release(work)

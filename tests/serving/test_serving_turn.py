@@ -1,0 +1,233 @@
+"""One request's turn, and its lease of a replica: what is charged to whom, and what shows nothing of a replica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from sihe.core.clock import FakeClock
+from sihe.core.errors import Busy, InvalidInput, TimedOut
+from sihe.core.tracking import ModelVersion
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.errors import EngineClosed, Expired, NotReady, QueueFull
+from sihe.serving.gateway.replicas.config import LocalBackend
+from sihe.serving.gateway.replicas.lease import Lease
+from sihe.serving.gateway.replicas.replica import Replica
+from sihe.serving.gateway.traffic.experiment import Experiment, Split
+from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.presence import Presence
+from sihe.serving.gateway.traffic.types import STABLE
+from sihe.serving.gateway.turn import Turn
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Model:
+    """The least that a replica holds."""
+
+    capability = "predict"
+    is_alive = True
+    num_sequences = 0
+
+    def warm(self) -> None:
+        """It is warm."""
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Nothing is held."""
+
+
+def replica(id: int) -> Replica:
+    version = ModelVersion("m", id, "", None, NOW, (), {})
+    made = Replica(version, EngineConfig(), LocalBackend(), lambda: None, id=id)
+    made.load(lambda *_: Model())
+    made.warm()
+    made.open()
+    return made
+
+
+@dataclass
+class Way:
+    """Replicas that are leased in their order; none is on its way."""
+
+    replicas: list[Replica]
+    clock: FakeClock
+    lost: list[int] = field(default_factory=list)
+    max_attempts: int = 3
+    is_ready: bool = True
+
+    def lease(self, *, weight: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Lease:
+        for one in self.replicas:
+            if one.id not in avoid:
+                return Lease(one, weight, self.clock, lambda lost, _: self.lost.append(lost.id))
+        raise NotReady("m", "no other one")
+
+
+@dataclass
+class House:
+    """The arms of a deployment: two replicas of each."""
+
+    clock: FakeClock
+    routes: dict[str, Any]
+    experiment: Experiment
+    name: str = "m"
+    presence: Presence = field(default_factory=Presence)
+    noted: list[tuple[str, str]] = field(default_factory=list)
+    rerouted: list[str] = field(default_factory=list)
+
+    @property
+    def stable(self) -> Any:
+        return self.routes[STABLE]
+
+    def note_outcome(self, arm: str, outcome: Outcome) -> None:
+        self.noted.append((arm, outcome.ending))
+
+    def note_rerouted(self, arm: str) -> None:
+        self.rerouted.append(arm)
+
+    def turn(self, arm: str) -> Turn:
+        return Turn(self, self.experiment, arm, "key", name="/r", weight=2.0, counts=True, clock=self.clock)
+
+    def counts(self) -> dict[str, tuple[int, int, int]]:
+        """Requests, errors, and those that left, by arm."""
+        found = {arm: self.experiment.stats(arm) for arm in self.routes}
+        return {arm: (stats.requests, stats.errors, stats.left) for arm, stats in found.items()}
+
+    def is_free(self) -> bool:
+        replicas = [one for route in self.routes.values() for one in route.replicas]
+        return self.presence.is_idle and not any(one.in_flight for one in replicas)
+
+
+@pytest.fixture
+def house() -> House:
+    clock = FakeClock()
+    routes = {STABLE: Way([replica(1), replica(2)], clock), "b": Way([replica(3), replica(4)], clock)}
+    return House(clock, routes, Experiment("m", 1, Split({STABLE: 0.5, "b": 0.5}, {STABLE: 1, "b": 2}), NOW))
+
+
+def in_turn(*happens: Exception | None) -> Callable[[object], str]:
+    """Work that raises, or does not, one after the other."""
+    left = iter(happens)
+
+    def work(_: object) -> str:
+        if (error := next(left)) is not None:
+            raise error
+        return "begun"
+
+    return work
+
+
+# ---- turns ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_replica_is_charged_to_the_stable_arm_also_where_no_other_one_comes(house: House) -> None:
+    house.stable.replicas.pop()
+    turn = house.turn(STABLE)
+    with pytest.raises(NotReady, match="no other one"):
+        turn.start(in_turn(EngineClosed("gone")))
+    assert house.counts()[STABLE] == (1, 1, 0)
+    assert house.stable.lost == [1]
+    assert house.is_free()
+
+
+def test_what_never_ran_is_charged_to_nobody(house: House) -> None:
+    house.stable.replicas.clear()
+    with pytest.raises(NotReady):
+        house.turn(STABLE).start(in_turn(None))
+    house.stable.replicas.append(replica(5))
+    full = QueueFull(1, retry_after_s=1.0)
+    with pytest.raises(QueueFull):
+        house.turn("b").start(in_turn(full, full))
+    assert house.counts() == {STABLE: (0, 0, 0), "b": (0, 0, 0)}
+    assert house.is_free()
+
+
+def test_an_arm_that_lost_a_replica_and_then_refused_is_charged_only_where_the_stable_one_takes_it(
+    house: House,
+) -> None:
+    turn = house.turn("b")
+    with pytest.raises(InvalidInput):
+        turn.start(in_turn(EngineClosed("gone"), InvalidInput("no number"), InvalidInput("no number")))
+    assert house.counts() == {STABLE: (0, 0, 0), "b": (0, 0, 0)}, "it was the caller's own mistake"
+    turn = house.turn("b")
+    assert turn.start(in_turn(InvalidInput("two features"), None)) == "begun"
+    turn.finished()
+    assert (turn.arm, house.counts()) == (STABLE, {STABLE: (0, 0, 0), "b": (1, 1, 0)})
+    assert house.rerouted == ["b", "b"]
+    assert house.is_free()
+
+
+def test_a_turn_ends_once(house: House) -> None:
+    turn = house.turn(STABLE)
+    turn.start(in_turn(None))
+    turn.finished()
+    turn.left()
+    turn.left()
+    assert house.counts()[STABLE] == (1, 0, 0)
+    assert house.is_free()
+
+
+def test_a_measurement_that_cannot_be_taken_is_all_that_is_lost(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ArithmeticError("no place")
+
+    monkeypatch.setattr(house.experiment, "record", refuse)
+    turn = house.turn("b")
+    assert turn.start(in_turn(ArithmeticError("broken"), None)) == "begun"
+    turn.finished()
+    assert turn.arm == STABLE
+    assert house.is_free()
+
+
+# ---- leases ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def probed(clock: FakeClock) -> Lease:
+    """The one request that a replica gets which has failed five times."""
+    held = replica(1)
+    for _ in range(5):
+        Lease(held, 1.0, clock, lambda *_: None).end(EngineClosed("gone"))
+    assert not held.ledger.candidate(1, clock.monotonic_s()).is_allowed
+    clock.advance(1.0)
+    probe = Lease(held, 1.0, clock, lambda *_: None)
+    assert not held.ledger.candidate(1, clock.monotonic_s()).is_allowed, "one at a time"
+    return probe
+
+
+def state(lease: Lease, clock: FakeClock) -> str:
+    return lease._replica.ledger._breaker.state(clock.monotonic_s())
+
+
+@pytest.mark.parametrize("error", [None, InvalidInput("no number"), ArithmeticError("of the model")])
+def test_a_request_that_was_read_shows_that_a_replica_does_well(
+    probed: Lease, clock: FakeClock, error: Exception | None
+) -> None:
+    probed.end(error)
+    assert state(probed, clock) == "closed"
+
+
+@pytest.mark.parametrize("error", [None, QueueFull(1, retry_after_s=1.0), Expired(1.0), TimedOut("late"), Busy("full")])
+def test_what_came_too_late_or_left_shows_nothing_and_the_next_one_may_go(
+    probed: Lease, clock: FakeClock, error: Exception | None
+) -> None:
+    probed.leave() if error is None else probed.end(error)
+    assert state(probed, clock) == "half-open"
+    assert probed._replica.ledger.candidate(1, clock.monotonic_s()).is_allowed
+    assert probed._replica.in_flight == 0
+
+
+def test_only_the_first_end_of_a_lease_counts(probed: Lease, clock: FakeClock) -> None:
+    probed.leave()
+    probed.end()
+    probed.end(EngineClosed("gone"))
+    assert state(probed, clock) == "half-open"
+    assert probed._replica.in_flight == 0
