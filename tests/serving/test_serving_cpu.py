@@ -16,6 +16,7 @@ from sihe.core.errors import InternalError
 from sihe.models.architecture import AttentionConfig, LayerConfig, PositionConfig, RopeScaling
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.serving.engine.compute.cpu import draws
 from sihe.serving.engine.compute.cpu.compute import CpuCompute
 from sihe.serving.engine.compute.cpu.kernels import Kind
 from sihe.serving.engine.compute.cpu.layout import lay_out
@@ -25,6 +26,7 @@ from sihe.serving.engine.compute.cpu.warm import compile_kernels
 from sihe.serving.engine.compute.cpu.weights import pack, unpack
 from sihe.serving.engine.compute.step import Feed, Step
 from sihe.serving.engine.kv.storage import KvPages, blocks_of
+from sihe.serving.engine.sampler import Draw, sample
 
 LLAMA = ModelConfig(
     vocab_size=97,
@@ -212,10 +214,12 @@ def test_a_step_that_points_outside_is_refused(feed: Feed) -> None:
 
 def test_warming_up_leaves_nothing_to_compile() -> None:
     compile_kernels()
-    before = (len(_work.signatures), len(lay_out.signatures))
+    compiled = (_work, lay_out, draws._draw_rows)
+    before = [len(function.signatures) for function in compiled]
     with computing(decoder(LLAMA)) as compute:
-        fed(compute, [1, 2, 3], BLOCKS)
-    assert (len(_work.signatures), len(lay_out.signatures)) == before
+        logits = fed(compute, [1, 2, 3], BLOCKS)
+        sample(logits, [Draw(temperature=1.0, top_k=top_k, top_p=0.9, seed=1, position=0) for top_k in (0, 5, 0)])
+    assert [len(function.signatures) for function in compiled] == before
 
 
 def test_kernels_are_compiled_again_when_any_of_their_sources_changes() -> None:

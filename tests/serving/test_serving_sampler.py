@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sihe.serving.engine.compute.cpu.draws import _by_rank
 from sihe.serving.engine.history import TokenHistory
 from sihe.serving.engine.sampler import Draw, probabilities, sample, score
 from sihe.serving.engine.seeds import fork_seed, uniform
@@ -131,6 +132,35 @@ def test_a_cpu_draws_what_any_device_does(size: int, spread: float, monkeypatch:
     assert [chosen.token for chosen in sample(wider[:, :size], draws)] == ours
     monkeypatch.setattr("sihe.serving.engine.sampler._is_on_cpu", lambda _: False)
     assert [chosen.token for chosen in sample(rows, draws)] == ours
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.5, "top_k": 2**70}])
+def test_a_row_that_has_no_distribution_gives_its_largest_token(
+    fields: dict[str, float], is_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A penalty that is 0 as float32 makes an infinity, and a mask can leave nothing."""
+    monkeypatch.setattr("sihe.serving.engine.sampler._is_on_cpu", lambda _: is_on_cpu)
+    rows = logits(17, rows=3, size=300)
+    rows[0, 7] = 2.0
+    draws = [
+        draw(history=TokenHistory([7], repetition=1e-300), **fields),
+        draw(mask=np.zeros(10, np.int32), **fields),
+        draw(**fields),
+    ]
+    chosen = sample(rows, draws)
+    assert chosen[0].token == 7
+    assert 0 <= chosen[1].token < 300
+    assert chosen[2].token == sample(rows[2:], draws[2:])[0].token
+    found = probabilities(rows, draws)
+    assert found[0].nonzero()[:, 0].tolist() == [7]
+    assert found.sum(-1).tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (5, 1.0), (5, 0.5)])
+def test_the_kernel_reads_nothing_where_no_token_has_a_weight(top_k: int, top_p: float) -> None:
+    # As Python, which minds where an array ends; compiled, it would give what lies before it.
+    assert _by_rank.py_func(np.zeros(300, np.float32), np.zeros(2, np.float32), 0.5, top_k, top_p) == 0
 
 
 # ---- what changes logits ---------------------------------------------------------------------------------------------

@@ -176,9 +176,12 @@ class Engine:
         return sequence.stream
 
     def warm(self) -> None:
-        """Answers one real request, so that the first user meets neither a cold engine nor a broken model."""
+        """Answers one real request, so that the first user meets neither a cold engine nor a broken model.
+
+        Its tokens are drawn, not the likeliest: what draws them may have to be compiled.
+        """
         prompt = (0,)  # a token that every vocabulary has
-        self.submit(GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)).result()
+        self.submit(GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=1, ignore_eos=True)).result()
 
     def forget_prefixes(self) -> None:
         """What was computed until now is found by no later request: to be called when the weights have changed."""

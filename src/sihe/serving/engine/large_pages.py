@@ -6,6 +6,7 @@ machine each miss costs two walks; nor does the processor fetch ahead beyond the
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -21,10 +22,10 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Zeros that become resident as they are touched; in large pages from 2 MiB on."""
     kind = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    if size < _LARGE:
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux: nothing to ask for
         return np.zeros(shape, kind)
     memory = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(OSError):  # a kernel that was built without them; the memory is as good in small pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     flat = np.frombuffer(memory, np.uint8)
     begin = -flat.ctypes.data % _LARGE

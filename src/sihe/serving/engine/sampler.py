@@ -85,7 +85,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
     if adjusted_BV is not logits_BV:
         best_B, tokens_B = _best(adjusted_BV)
     tokens = tokens_B.tolist()
-    random = [row for row, draw in enumerate(draws) if draw.temperature > 0 and finite[row]]
+    random = _random(best_B, draws)
     for row, token in zip(random, _drawn(adjusted_BV, best_B, draws, random), strict=True):
         tokens[row] = token
     logprobs = _logprobs(logits_BV, tokens, draws, finite)
@@ -100,13 +100,13 @@ def probabilities(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     adjusted_BV = _adjusted(logits_BV, draws)
     best_B, tokens_B = _best(adjusted_BV)
     result_BV = torch.zeros(adjusted_BV.shape, dtype=torch.float64, device=logits_BV.device)
-    for row, draw in enumerate(draws):
-        if draw.temperature == 0:
-            result_BV[row, tokens_B[row]] = 1.0
-    plain = [row for row, draw in enumerate(draws) if draw.temperature > 0 and not draw.is_restricted]
+    random = _random(best_B, draws)
+    for row in set(range(len(draws))).difference(random):
+        result_BV[row, tokens_B[row]] = 1.0
+    plain = [row for row in random if not draws[row].is_restricted]
     if plain:
         result_BV[plain] = _scaled(adjusted_BV, best_B, draws, plain).double().exp()
-    restricted = [row for row, draw in enumerate(draws) if draw.temperature > 0 and draw.is_restricted]
+    restricted = [row for row in random if draws[row].is_restricted]
     if restricted:
         scaled_BV = _scaled(adjusted_BV, best_B, draws, restricted)
         for kept in _kept(scaled_BV, [draws[row] for row in restricted]):
@@ -191,6 +191,12 @@ def _ban(row_V: Tensor, draw: Draw) -> None:
 # ---- from temperature on ---------------------------------------------------------------------------------------------
 
 
+def _random(best_B: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Rows whose token is drawn; the largest stands for a row that has no distribution, as of an extreme penalty."""
+    finite = torch.isfinite(best_B).tolist()
+    return [row for row, draw in enumerate(draws) if draw.temperature > 0 and finite[row]]
+
+
 def _drawn(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
     """A token for each of `rows`."""
     if not rows:
@@ -219,7 +225,7 @@ def _draw_on_cpu(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows:
         )
         for draw in draws
     ]
-    top_k = np.array([draw.top_k for draw in draws], np.int64)
+    top_k = np.array([min(draw.top_k, logits_BV.shape[1]) for draw in draws], np.int64)
     found = draw_rows(logits_BV.numpy(), best_B.numpy(), np.array(rows, np.int64), np.array(settings), top_k)
     tokens: list[int] = found.tolist()
     return tokens
@@ -325,7 +331,8 @@ def _rank(scaled_BV: Tensor, draws: Sequence[Draw], window: int) -> tuple[_Kept,
     scores_BW, ids_BW = scaled_BV.sort(dim=-1, descending=True) if is_whole else scaled_BV.topk(window, dim=-1)
     weights_BW = scores_BW.double().exp()
     ranks_W = torch.arange(window, device=scaled_BV.device)
-    k_B1 = torch.tensor([[draw.top_k or scaled_BV.shape[-1]] for draw in draws], device=scaled_BV.device)
+    vocabulary = scaled_BV.shape[-1]
+    k_B1 = torch.tensor([[min(draw.top_k, vocabulary) or vocabulary] for draw in draws], device=scaled_BV.device)
     weights_BW = weights_BW.where(ranks_W < k_B1, 0.0)
     # The nucleus is a share of what top-k has left; without top-k, of the whole row.
     whole_B1 = weights_BW.sum(-1, keepdim=True)

@@ -25,8 +25,8 @@ from sihe.serving.errors import NoMemory
 class KvPages:
     """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]; as int8 [L, P, K, bytes of a page].
 
-    Memory that no token has touched is not resident. V, `width`, is `value_dim` rounded up to whole registers; what is
-    behind it means nothing.
+    Memory is not resident before a token has touched it or the large page that it lies in. V, `width`, is `value_dim`
+    rounded up to whole registers; what is behind it means nothing.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from sihe.core import simd
 from sihe.core.simd import F32, F32X16, I64, LANES, Tile, Value, digest_of, float32_at, tile
 
 BLOCK = 256  # weights that are summed as one before the drawn one is looked for among them
+_SURPLUS = 1.0001  # of a nucleus' weight that is ranked: sums in float32 are nearer than this
 _SMALLEST = -87.0  # e to this is about the smallest float32 that is exact: what is less likely has no weight
 
 
@@ -92,7 +93,7 @@ def _ranked(weights: Any, total: float, top_k: int, top_p: float) -> Any:
     threshold = 0.125
     while threshold > 1e-37:
         count, mass = _mass_from(weights, threshold)
-        if (top_k > 0 and count >= top_k) or (top_k == 0 and mass >= top_p * total * 1.00001):
+        if (top_k > 0 and count >= top_k) or (top_k == 0 and mass >= top_p * total * _SURPLUS):
             break
         threshold /= 4
     if threshold <= 1e-37:
@@ -115,6 +116,8 @@ def _by_rank(weights: Any, sums: Any, share: float, top_k: int, top_p: float) ->
     for block in range(len(sums)):
         total += sums[block]
     keys = _ranked(weights, total, top_k, top_p)
+    if len(keys) == 0:
+        return 0  # a row that has no weights at all, whose token means nothing
     most = min(top_k, len(keys)) if top_k > 0 else len(keys)
     whole = total
     if top_k > 0:
@@ -157,7 +160,7 @@ def _compiled(sources: str) -> Any:
                     last = float32_at(source)
                     for token in range(vocabulary - begin):
                         rest[token] = last[token]
-                    source = rest.ctypes.data
+                    source = np.int64(rest.ctypes.data)  # unsigned, both together would become a float
                 weight_at, sum_at = weights.ctypes.data + 4 * begin, sums.ctypes.data + 4 * block
                 _weigh(source, weight_at, BLOCK // LANES, given.ctypes.data, sum_at)
             share, top_p = settings[place, 3], settings[place, 2]

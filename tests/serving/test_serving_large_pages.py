@@ -1,0 +1,60 @@
+"""Memory in large pages, and where the system has none."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+
+from sihe.serving.engine.large_pages import moved, zeros
+
+SHAPE = (3, 1 << 19)  # 6 MiB of float32
+
+
+def check() -> None:
+    array = zeros(SHAPE, np.float32)
+    assert array.shape == SHAPE
+    assert array.dtype == np.float32
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+    assert not array.any()
+    array[2, -1] = 1.0
+    assert array.sum() == 1.0
+
+
+def test_large_memory_is_zeros_that_begin_on_a_large_page() -> None:
+    check()
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert zeros(SHAPE, np.float32).ctypes.data % (2 << 20) == 0
+
+
+def test_a_system_without_large_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MADV_HUGEPAGE", "MAP_PRIVATE", "MAP_ANONYMOUS"):  # as Windows
+        monkeypatch.delattr(mmap, name, raising=False)
+    check()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="what is refused is Linux's")
+def test_a_kernel_that_refuses_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 1 << 20)  # advice that no kernel knows
+    with mmap.mmap(-1, 4096) as memory, pytest.raises(OSError, match="Invalid argument"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    check()
+
+
+def test_memory_outlives_what_it_was_made_from() -> None:
+    views = [zeros(SHAPE, np.float32)[1, 5:] for _ in range(8)]
+    for number, view in enumerate(views):
+        view[:] = number
+    assert [float(view.min()) for view in views] == [float(view.max()) for view in views] == list(range(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_what_is_moved_is_the_same(dtype: torch.dtype) -> None:
+    for rows in (3, 3000):  # below 2 MiB, and above in each dtype
+        source = torch.randint(0, 100, (rows, 1024)).to(dtype)
+        target = moved(source.T)
+        assert torch.equal(target, source.T)
+        assert target.is_contiguous() or rows == 3
