@@ -106,8 +106,11 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None
     )  # fmt: skip
     tallest = 6 if kind == 3 else 12
     block = max(tallest, _BLOCK_BYTES // x_s // tallest * tallest)
-    for top in range(row, row + rows, block):
-        end = min(top + block, row + rows)
+    end = row
+    while end < row + rows:
+        top, end = end, end + block
+        if row + rows - end < block // 2:  # a rest is not worth reading all panels for
+            end = row + rows
         # The first tile of a panel fetches it; the other high ones share out the fetching of the next one.
         sharing = (end - top + tallest // 3) // tallest - 1
         stride = (_STEP_BYTES + sharing - 1) // sharing if sharing > 0 else _STEP_BYTES

@@ -58,15 +58,22 @@ _OPS, _COUNT, _STEP, _LEFT, _STOP, _COUNTERS, _THREADS, _RUN = (index * _LINE fo
 _SHARED = 8 * _LINE
 
 
-@njit(nogil=True, cache=True)
-def _wait_until(address: int, value: int) -> None:
-    looks = 0
-    while load_atomic(address) < value:
-        looks += 1
-        if looks > _LOOKS_AND_YIELDS:  # whom we wait for does not run: spinning would only keep it from running
-            sleep_us(50)
-        elif looks > _LOOKS:
-            yield_core()
+def _waiting(sources: str) -> Any:
+    @njit(nogil=True, cache=True)
+    def _wait_until(address: int, value: int) -> None:
+        assert sources  # see `_compiled`
+        looks = 0
+        while load_atomic(address) < value:
+            looks += 1
+            if looks > _LOOKS_AND_YIELDS:  # whom we wait for does not run: spinning would only keep it from running
+                sleep_us(50)
+            elif looks > _LOOKS:
+                yield_core()
+
+    return _wait_until
+
+
+_wait_until = _waiting(digest_of(simd))
 
 
 @njit(nogil=True, error_model="numpy")
