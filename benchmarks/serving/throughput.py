@@ -121,7 +121,7 @@ def measure(cell: Cell, contenders: list[Contender], chosen: argparse.Namespace)
     figures, seeds = Figures(), itertools.count(1)
 
     def timed(contender: Contender, tokens: int) -> Measured:
-        tries = []
+        tries: list[Measured] = []
         while len(tries) < chosen.tries:
             found = contender.measure(batch=cell.batch, prompt=cell.prompt, tokens=tokens, seed=next(seeds))
             tries.append(found)
@@ -155,7 +155,8 @@ def rows_of(cell: Cell, figures: Figures, limits: Limits, tokens: int) -> list[R
         speeds = statistics.median(figures.prefill[entry]), statistics.median(figures.decode[entry])
         shares = (speeds[0] / prefill, speeds[1] / decode) if entry.precision == cell.precision else (None, None)
         at = (cell.precision, cell.prompt, cell.batch)
-        rows.append(Row(*at, entry.name, *speeds, *shares, figures.disturbed, len(figures.prefill[entry])))
+        repeats = len(figures.prefill[entry])
+        rows.append(Row(*at, entry.name, *speeds, *shares, disturbed=figures.disturbed, repeats=repeats))
     return rows
 
 
