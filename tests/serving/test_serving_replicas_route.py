@@ -228,9 +228,16 @@ def test_a_late_request_is_sent_to_a_second_replica_within_the_budget(
     streams = [route.generate(ASK)]
     while house.engines[0].num_sequences == 0:  # until one of them went to the one that hangs
         streams.append(route.generate(ASK))
-    for stream in streams:
-        assert stream.result(30).usage.completion_tokens == 3
+    hung, paced = streams[-1], threading.Event()
+    for _ in range(1000):  # on a busy machine others are late too, and use up what may be sent twice: it comes again
+        if hung.is_over:
+            break
+        streams.append(route.generate(ASK))
+        paced.wait(0.02)
+    assert hung.result(30).usage.completion_tokens == 3
     held.go_on()
+    for stream in streams[:-1]:
+        assert stream is hung or stream.result(30).usage.completion_tokens == 3
     house.engines[0].close()  # returns when it has nothing to do any more: the copy that lost was aborted
 
 

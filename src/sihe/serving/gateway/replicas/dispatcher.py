@@ -29,6 +29,7 @@ from sihe.serving.gateway.replicas.hedging import Hedger
 from sihe.serving.gateway.replicas.replica import Replica
 
 _THREADS = 4  # that send requests again: tokenising a long prompt must not hold up the next one
+_HEDGE_AGAIN_S = 0.05  # until a request that may not be sent twice yet is looked at again; then twice as long
 _RECENT = 500  # waits for the first token that are kept
 _RECENT_S = 60.0
 _MAX_BLOCKED = 16  # threads that wait for a replica: each is one of the server's pool, which answers others too
@@ -370,15 +371,22 @@ class Dispatcher:
             self._hedger.arrived()
             delay_s = self._hedger.delay_s()
         if delay_s is not None and len(self._replicas) > 1:
-            answer.expect(self._alarms.after(delay_s, lambda: self._hedge_later(answer)))
+            self._look_after(answer, delay_s)
 
-    def _hedge_later(self, answer: RoutedStream) -> None:
-        self._later(lambda: self._hedge(answer))
+    def _look_after(self, answer: RoutedStream, delay_s: float) -> None:
+        """Sees after `delay_s` whether the answer is late."""
 
-    def _hedge(self, answer: RoutedStream) -> None:
+        def look() -> None:
+            self._later(lambda: self._hedge(answer, delay_s))
+
+        answer.expect(self._alarms.after(delay_s, look))
+
+    def _hedge(self, answer: RoutedStream, waited_s: float) -> None:
         with self._lock:
             is_late = not (answer.is_over or answer.has_begun or answer in self._waiting)
             may = is_late and self._hedger.take()
+        if is_late and not may:  # others have used up what may be sent twice
+            self._look_after(answer, max(2 * waited_s, _HEDGE_AGAIN_S))
         if may:
             try:
                 self._sent(answer, elsewhere=True)
