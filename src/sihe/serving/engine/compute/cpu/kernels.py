@@ -1,6 +1,6 @@
 """The operations of a program, in Numba: what one thread does of one operation.
 
-An operation is a row of whole numbers: its code, then addresses and sizes, in the order of the `…Op` tables below. Each
+An operation is a row of whole numbers: its code, then addresses and sizes, in the order that its function names. Each
 operation is cut into chunks; every chunk is computed by whichever thread takes it first, always in the same way.
 
 T tokens of the step, D hidden, K KV heads, G query heads of one KV head, H head dim, F intermediate, S stride in bytes.
