@@ -210,11 +210,11 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
 
     op: code, which rows, queries [K, T, G, H], K, G, H, kind of the pages, the layer's keys, bytes of a head, the
     layer's values, bytes of a head, bytes of a token's values, window (0: none), out [T, K, G, H], its S, width of a
-    value.
+    value. Of wanted rows alone the result is [O, K, G, H].
     scratch: scores [12, 64], sums [12, H], states [12, 4], float32.
     """
     group, size, kind, width = op[4], op[5], op[6], op[15]
-    tasks, starts, firsts = int32_at(step[12]), int32_at(step[6]), int32_at(step[14])
+    tasks, starts, firsts = int32_at(step[13 + op[1]]), int32_at(step[6]), int32_at(step[15])
     feed, begin, rows = tasks[3 * task], tasks[3 * task + 1], tasks[3 * task + 2]
     start, tokens = starts[feed], step[0]
     q_s = 4 * size
@@ -266,8 +266,9 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
                 scales = int64_at(value_pages)[page] + values_in + 16 * width
                 _scale_by(scores + 64 * page, 4 * TILE_TOKENS, rows, scales)
             _mix_int8(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
+    results = int32_at(step[15 + op[1]])
     for row in range(rows):
-        token = firsts[feed] + (begin + row) // group
+        token = results[feed] + (begin + row) // group
         out = float32_at(op[13] + token * op[14] + 4 * size * (head * group + (begin + row) % group))
         inverse = 1 / state[4 * row + 1]
         for i in range(size):

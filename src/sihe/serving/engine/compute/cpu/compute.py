@@ -97,23 +97,26 @@ class CpuCompute:
         pages, feeds = self._pages, len(step.lengths)
         width = -(-step.tables.shape[1] // TILE_PAGES) * TILE_PAGES
         rows = np.empty((2, tokens), np.int32)
-        firsts = np.empty(feeds, np.int32)
         page_offsets = np.zeros((2, feeds, width), np.int64)
-        tasks = np.empty((tokens * self._group // ATTEND_ROWS + feeds, 3), np.int32)
-        count = lay_out(
+        firsts = np.empty((2, feeds), np.int32)
+        tasks = np.empty((2, tokens * self._group // ATTEND_ROWS + feeds, 3), np.int32)
+        counts = np.empty(2, np.int64)
+        lay_out(
             step.starts, step.lengths, step.logits, step.tables, self._group, ATTEND_ROWS,
-            pages.keys[0, 0].nbytes, pages.values[0, 0].nbytes, rows, firsts, page_offsets, tasks, program.last_rows,
+            pages.keys[0, 0].nbytes, pages.values[0, 0].nbytes, rows, page_offsets, firsts, tasks, counts,
+            program.wanted_rows,
         )  # fmt: skip
         given = np.array(
             (
                 tokens, wanted, feeds, step.tokens.ctypes.data, rows[0].ctypes.data, rows[1].ctypes.data,
                 step.starts.ctypes.data, step.lengths.ctypes.data, page_offsets[0].ctypes.data,
-                page_offsets[1].ctypes.data, width, count, tasks.ctypes.data, step.adapters.ctypes.data,
-                firsts.ctypes.data, tokens * program.choices,
+                page_offsets[1].ctypes.data, width, *counts, tasks[0].ctypes.data, tasks[1].ctypes.data,
+                firsts[0].ctypes.data, firsts[1].ctypes.data, step.adapters.ctypes.data,
+                program.wanted_rows[1].ctypes.data, program.choices,
             ),
             np.int64,
         )  # fmt: skip
-        self._kept = (step, rows, firsts, page_offsets, tasks)  # what `given` points at
+        self._kept = (step, rows, page_offsets, firsts, tasks)  # what `given` points at
         return given
 
     def _check(self, step: Step) -> None:

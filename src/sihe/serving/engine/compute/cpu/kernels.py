@@ -30,10 +30,11 @@ WIDTH = 24
 """Numbers of one operation."""
 
 
-STEP_WIDTH = 16
+STEP_WIDTH = 20
 """Numbers of one step: T, O, feeds, then addresses of tokens, positions, feed of each token, starts, lengths, pages of
-keys [F, B] (offset of each in bytes), of values, B, tasks of attention, the tasks [n, 3] (feed, first row, rows),
-adapter of each feed, first token of each feed, rows of all choices of experts."""
+keys [F, B] (offset of each in bytes), of values, B, then for all tokens and for the wanted ones each: how many tasks of
+attention (11, 12), the tasks [n, 3] (feed, first row, rows; 13, 14), the row of each feed's first token (15, 16); at
+last the adapter of each feed (17), the feed of each wanted token (18), and how many experts a token chooses (19)."""
 
 
 class Code(IntEnum):
@@ -69,6 +70,8 @@ class NormKind(IntEnum):
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROW_CHUNK = 4
+PAGE_CHUNK = 16
+"""Rows whose keys one thread puts in their places: those of neighbouring tokens share the lines of the caches."""
 _BLOCK_BYTES = 1 << 19
 """Of rows that are multiplied by all panels of a chunk before the next rows: they stay in the second cache."""
 _STEP_BYTES = 128  # of a panel, one step of a tile
@@ -302,13 +305,13 @@ def activate(op: Any, first: int, last: int) -> None:
 
 
 @compiled
-def route(op: Any, step: Any) -> None:
+def route(op: Any, tokens: int) -> None:
     """Each token's experts and their weights, then the choices sorted by expert; by one thread.
 
-    op: code, which rows, scores, their S, experts E, experts of a token k, what is added for choosing [E] (0: nothing),
-    weights [T, k], rows [T, k] (where a choice lies), tokens [T k] (whose each row is), offsets [E + 1].
+    op: code, which rows (T of them), scores, their S, experts E, experts of a token k, what is added for choosing [E]
+    (0: nothing), weights [T, k], rows [T, k] (where a choice lies), tokens [T k] (whose each row is), offsets [E + 1].
     """
-    experts, chosen, tokens = op[4], op[5], step[0]
+    experts, chosen = op[4], op[5]
     bias = float32_at(op[6])
     weights, rows, owners, offsets = float32_at(op[7]), int32_at(op[8]), int32_at(op[9]), int32_at(op[10])
     for expert in range(experts + 1):
@@ -378,7 +381,7 @@ def adapt(op: Any, step: Any, first: int, last: int, scratch: int) -> None:
     op: code, which rows, x, its S, y, its S, in, out, the place's adapters [number, 3] (address of A [rank, in], of B
     [rank, out], rank; 0: none here). The scale is in B.
     """
-    feeds, adapters, table = int32_at(step[5]), int32_at(step[13]), int64_at(op[8])
+    feeds, adapters, table = int32_at(step[5] if op[1] == 0 else step[18]), int32_at(step[17]), int64_at(op[8])
     narrow = float32_at(scratch)
     for row in range(first, last):
         number = adapters[feeds[row]]

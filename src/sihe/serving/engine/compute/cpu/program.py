@@ -34,7 +34,8 @@ from sihe.serving.engine.large_pages import zeros
 Longs = NDArray[np.int64]
 PAGE_KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.int8: Kind.INT8}
 TOKENS, WANTED, CHOICES = 0, 1, 2
-"""Which rows an operation has."""
+"""Which rows an operation has; `CHOICES` is added where each row is there once for each of its experts."""
+_NOT_QUANTISED = (0,) * 7
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,21 @@ class Program:
         self._pages = pages
         self._adapters = adapters
         self._kept: list[Any] = []  # what the operations point at
+        self._shared: dict[tuple[str, int, int], _Buffer] = {}
+        self._shared_inputs: dict[tuple[str, int, int], _Input] = {}
         self._ops: list[list[int]] = []
         self._rotary = _rotary(config)
         self._query_scale = torch.tensor([config.head_dim**-0.5])
-        # Numbers of the step, at addresses that do not change.
-        self._last_rows = np.zeros(wanted, np.int32)
+        # Numbers of the step, at an address that does not change.
+        self._wanted_rows = np.zeros((2, wanted), np.int32)
         self.choices = config.experts_per_token if config.num_experts else 1
         self._build()
         self.ops: Longs = np.array([op + [0] * (WIDTH - len(op)) for op in self._ops], np.int64)
 
     @property
-    def last_rows(self) -> NDArray[np.int32]:
-        """[O]: the tokens whose logits are wanted, to be filled in for each step."""
-        return self._last_rows
+    def wanted_rows(self) -> NDArray[np.int32]:
+        """[2, O]: the tokens whose logits are wanted and the feed of each, to be filled in for each step."""
+        return self._wanted_rows
 
     def _build(self) -> None:
         config, weights, rows = self._config, self._weights, self.rows
@@ -199,24 +202,38 @@ class Program:
         mixed = self._input(rows, max(width, _up(config.num_heads * config.head_dim)))
         projected = self._buffer(rows, first.qkv.outputs if first else PANEL)
         queries = self._buffer(rows * config.num_heads, config.head_dim)
+        which = TOKENS
         for index, layer in enumerate(weights.layers):
             self._normalise(TOKENS, layer.attention_norm, stream, normed, layer.qkv)
             self._multiply(TOKENS, layer.qkv, normed, projected)
-            self._adapt(index, 0, normed, config.hidden_size, projected)
-            self._attend(index, layer, projected, queries, mixed)
+            self._adapt(TOKENS, index, 0, normed, config.hidden_size, projected)
+            self._place(index, layer, projected, queries)
+            if index == len(weights.layers) - 1:  # nobody reads what the other tokens would become from here on
+                which, stream = WANTED, self._gathered(stream)
+            self._attend(which, index, queries, mixed)
             if layer.out.is_quantised:
-                self._normalise(TOKENS, None, mixed.exact, mixed, layer.out)
-            self._multiply(TOKENS, layer.out, mixed, stream, add=True)
-            self._adapt(index, 1, mixed, config.num_heads * config.head_dim, stream)
+                self._normalise(which, None, mixed.exact, mixed, layer.out)
+            self._multiply(which, layer.out, mixed, stream, add=True)
+            self._adapt(which, index, 1, mixed, config.num_heads * config.head_dim, stream)
             if isinstance(layer.mlp, Mixture):
-                self._mixture(layer.mlp, layer.mlp_norm, stream, normed)
+                self._mixture(which, layer.mlp, layer.mlp_norm, stream, normed)
             else:
-                self._normalise(TOKENS, layer.mlp_norm, stream, normed, layer.mlp.up)
-                self._feedforward(TOKENS, layer.mlp, normed, stream, rows, layer=index)
-        last = self._input(self.wanted, _up(config.hidden_size))
+                self._normalise(which, layer.mlp_norm, stream, normed, layer.mlp.up)
+                self._feedforward(which, layer.mlp, normed, stream, rows, layer=index)
+        if which == TOKENS:
+            stream = self._gathered(stream)
         self.logits = self._buffer(self.wanted, weights.head.outputs)
-        self._normalise(WANTED, weights.norm, stream, last, weights.head, gather=self._last_rows.ctypes.data)
-        self._multiply(WANTED, weights.head, last, self.logits)
+        self._normalise(WANTED, weights.norm, stream, normed, weights.head)
+        self._multiply(WANTED, weights.head, normed, self.logits)
+
+    def _gathered(self, stream: _Buffer) -> _Buffer:
+        """The rows of the tokens whose logits are wanted."""
+        rows, where = self._buffer(self.wanted, stream.width), self._at(self._wanted_rows)
+        nothing = (0, 0, self._at(self._query_scale))  # to multiply by or to add, and a number that is not used
+        self._add(
+            Code.NORM, WANTED, NormKind.NONE, *stream.ends, where, stream.width, *nothing, *rows.ends, *_NOT_QUANTISED
+        )  # fmt: skip
+        return rows
 
     # ---- operations ------------------------------------------------------------------------------------------------
 
@@ -249,30 +266,42 @@ class Program:
             stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes,
         )  # fmt: skip
 
-    def _adapt(self, layer: int, product: int, x: _Input, inputs: int, y: _Buffer) -> None:
+    def _adapt(self, which: int, layer: int, product: int, x: _Input, inputs: int, y: _Buffer) -> None:
         if self._adapters.places:
             table = self._adapters.at(layer, product)
-            self._add(Code.ADAPT, TOKENS, *x.exact.ends, *y.ends, inputs, y.width, table)
+            self._add(Code.ADAPT, which, *x.exact.ends, *y.ends, inputs, y.width, table)
 
-    def _attend(self, index: int, layer: Layer, projected: _Buffer, queries: _Buffer, mixed: _Input) -> None:
-        config, pages = self._config, self._pages
-        keys, values = pages.keys[index], pages.values[index]
-        kind = PAGE_KINDS[keys.dtype]
-        group = config.num_heads // config.num_kv_heads
+    def _place(self, index: int, layer: Layer, projected: _Buffer, queries: _Buffer) -> None:
         cos, sin, half = (0, 0, 0)
         if self._rotary is not None:
             cos, sin, half = self._at(self._rotary[0]), self._at(self._rotary[1]), self._rotary[0].shape[1]
         norms = [0 if norm is None else self._at(norm.weight) for norm in (layer.query_norm, layer.key_norm)]
         eps = self._query_scale if layer.query_norm is None else layer.query_norm.eps
-        heads = (config.num_kv_heads, group, config.head_dim)
-        token_bytes = pages.width * values.itemsize
-        where = (keys.data_ptr(), keys[0, 0].nbytes, values.data_ptr(), values[0, 0].nbytes, token_bytes)
+        kind, *where = self._pages_of(index)
         self._add(
-            Code.PLACE, TOKENS, *projected.ends, cos, sin, half, *heads, *norms, self._at(eps),
+            Code.PLACE, TOKENS, *projected.ends, cos, sin, half, *self._heads, *norms, self._at(eps),
             queries.address, kind, *where, self._at(self._query_scale),
         )  # fmt: skip
-        window = config.attention.window or 0
-        self._add(Code.ATTEND, TOKENS, queries.address, *heads, kind, *where, window, *mixed.exact.ends, pages.width)
+
+    def _attend(self, which: int, index: int, queries: _Buffer, mixed: _Input) -> None:
+        window = self._config.attention.window or 0
+        ends, width = mixed.exact.ends, self._pages.width
+        self._add(
+            Code.ATTEND, which, queries.address, *self._heads, *self._pages_of(index), window, *ends, width
+        )  # fmt: skip
+
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        """K, G, H."""
+        config = self._config
+        return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+
+    def _pages_of(self, layer: int) -> tuple[int, ...]:
+        """Kind, the layer's keys, bytes of a head, its values, bytes of a head, bytes of a token's values."""
+        keys, values = self._pages.keys[layer], self._pages.values[layer]
+        token_bytes = self._pages.width * values.itemsize
+        ends = (keys.data_ptr(), keys[0, 0].nbytes, values.data_ptr(), values[0, 0].nbytes)
+        return PAGE_KINDS[keys.dtype], *ends, token_bytes
 
     def _feedforward(
         self,
@@ -286,39 +315,40 @@ class Program:
         offsets: int = 0,
         add: bool = True,
     ) -> None:
-        wide = self._buffer(rows, mlp.up.outputs)
-        narrow = self._input(rows, mlp.down.inputs)
+        wide = self._buffer(rows, mlp.up.outputs, shared="wide")
+        narrow = self._input(rows, mlp.down.inputs, shared="narrow")
         size = mlp.up.outputs // (2 if mlp.gated else 1)
         self._multiply(which, mlp.up, x, wide, offsets=offsets)
         if layer is not None and mlp.gated:
-            self._adapt(layer, 2, x, self._config.hidden_size, wide)
+            self._adapt(which, layer, 2, x, self._config.hidden_size, wide)
         self._add(
             Code.ACTIVATE, which, mlp.activation, *wide.ends, size, int(mlp.gated), *narrow.exact.ends,
             *narrow.quantised(mlp.down),
         )  # fmt: skip
         self._multiply(which, mlp.down, narrow, y, add=add, offsets=offsets)
         if layer is not None and mlp.gated:
-            self._adapt(layer, 3, narrow, self._config.intermediate_size, y)
+            self._adapt(which, layer, 3, narrow, self._config.intermediate_size, y)
 
-    def _mixture(self, mixture: Mixture, norm: Norm, stream: _Buffer, normed: _Input) -> None:
+    def _mixture(self, which: int, mixture: Mixture, norm: Norm, stream: _Buffer, normed: _Input) -> None:
         rows, chosen = self.rows, mixture.chosen
         first = mixture.shared.up if mixture.shared is not None else mixture.experts.up
-        self._normalise(TOKENS, norm, stream, normed, first)
-        scores = self._buffer(rows, mixture.router.outputs)
-        self._multiply(TOKENS, mixture.router, normed, scores)
+        self._normalise(which, norm, stream, normed, first)
+        scores = self._buffer(rows, mixture.router.outputs, shared="scores")
+        self._multiply(which, mixture.router, normed, scores)
         weights, places, owners = (
             self._keep(np.zeros(rows * chosen, kind)) for kind in (np.float32, np.int32, np.int32)
         )
         offsets = self._keep(np.zeros(mixture.num_experts + 1, np.int32))
         bias = 0 if mixture.bias is None else self._at(mixture.bias)
-        self._add(Code.ROUTE, TOKENS, *scores.ends, mixture.num_experts, chosen, bias, weights, places, owners, offsets)
-        spread = self._input(rows * chosen, normed.exact.width)
-        self._normalise(CHOICES, None, normed.exact, spread, mixture.experts.up, gather=owners)
-        results = self._buffer(rows * chosen, mixture.experts.down.outputs)
-        self._feedforward(CHOICES, mixture.experts, spread, results, rows * chosen, offsets=offsets, add=False)
-        self._add(Code.COMBINE, TOKENS, *results.ends, chosen, weights, places, self._config.hidden_size, *stream.ends)
+        self._add(Code.ROUTE, which, *scores.ends, mixture.num_experts, chosen, bias, weights, places, owners, offsets)
+        spread = self._input(rows * chosen, normed.exact.width, shared="spread")
+        each = which + CHOICES
+        self._normalise(each, None, normed.exact, spread, mixture.experts.up, gather=owners)
+        results = self._buffer(rows * chosen, mixture.experts.down.outputs, shared="results")
+        self._feedforward(each, mixture.experts, spread, results, rows * chosen, offsets=offsets, add=False)
+        self._add(Code.COMBINE, which, *results.ends, chosen, weights, places, self._config.hidden_size, *stream.ends)
         if mixture.shared is not None:
-            self._feedforward(TOKENS, mixture.shared, normed, stream, rows)
+            self._feedforward(which, mixture.shared, normed, stream, rows)
 
     # ---- buffers ---------------------------------------------------------------------------------------------------
 
@@ -332,20 +362,29 @@ class Program:
     def _keep(self, array: NDArray[Any]) -> int:
         return self._at(array)
 
-    def _buffer(self, rows: int, width: int) -> _Buffer:
-        buffer = _Buffer(zeros((rows, width), np.float32))
-        self._kept.append(buffer)
+    def _buffer(self, rows: int, width: int, *, shared: str = "") -> _Buffer:
+        """Rows of float32; what is `shared` under a name is the same memory in every layer."""
+        key = (shared, rows, width)
+        buffer = self._shared.get(key)
+        if buffer is None or not shared:
+            buffer = _Buffer(zeros((rows, width), np.float32))
+            self._shared[key] = buffer
+            self._kept.append(buffer)
         return buffer
 
-    def _input(self, rows: int, width: int) -> _Input:
-        groups = width // GROUP
-        made = _Input(
-            self._buffer(rows, width),
-            _Buffer(zeros((rows, width), np.int8)),
-            np.zeros(rows, np.float32),
-            np.zeros((rows, groups), np.int32),
-        )
-        self._kept.append(made)
+    def _input(self, rows: int, width: int, *, shared: str = "") -> _Input:
+        """The same with their codes, for a product to read."""
+        key = (shared, rows, width)
+        made = self._shared_inputs.get(key)
+        if made is None or not shared:
+            made = _Input(
+                self._buffer(rows, width),
+                _Buffer(zeros((rows, width), np.int8)),
+                np.zeros(rows, np.float32),
+                np.zeros((rows, width // GROUP), np.int32),
+            )
+            self._shared_inputs[key] = made
+            self._kept.append(made)
         return made
 
 
@@ -383,7 +422,7 @@ class _Input:
     def quantised(self, reader: Packed) -> Sequence[int]:
         """The last arguments of an operation that writes this for `reader`."""
         if not reader.is_quantised:
-            return (0,) * 7
+            return _NOT_QUANTISED
         vectors = reader.inputs // 16 // reader.groups
         where = (self.scales.ctypes.data, self.sums.ctypes.data)
         return (*self.codes.ends, *where, 4 * reader.groups, reader.groups, vectors)

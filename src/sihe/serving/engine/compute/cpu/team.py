@@ -34,6 +34,7 @@ from sihe.core.simd import (
 from sihe.serving.engine.compute.cpu import attention, kernels, tiles
 from sihe.serving.engine.compute.cpu.attention import attend, place
 from sihe.serving.engine.compute.cpu.kernels import (
+    PAGE_CHUNK,
     ROW_CHUNK,
     STEP_WIDTH,
     WIDTH,
@@ -78,12 +79,9 @@ _wait_until = _waiting(digest_of(simd))
 
 @njit(nogil=True, error_model="numpy")
 def _rows_of(op: Any, step: Any) -> int:
-    """How many rows an operation has: of all tokens, of those whose logits are wanted, or of all choices of experts."""
-    if op[1] == 0:
-        return step[0]
-    if op[1] == 1:
-        return step[1]
-    return step[15]
+    """How many rows an operation has: of all tokens or the wanted ones; from 2 on of all their choices of experts."""
+    rows = step[op[1] % 2]
+    return rows if op[1] < 2 else rows * step[19]
 
 
 @njit(nogil=True, error_model="numpy")
@@ -92,10 +90,17 @@ def _chunks_of(op: Any, step: Any, threads: int) -> int:
     if code == 2:
         return max(1, op[19]) * _panel_chunks(op[8], threads)
     if code == 4:
-        return step[11] * op[3]
+        return step[11 + op[1]] * op[3]
     if code == 6:
         return 1
-    return (_rows_of(op, step) + ROW_CHUNK - 1) // ROW_CHUNK
+    rows = _rows_of(op, step)
+    size = _row_chunk(code, rows)
+    return (rows + size - 1) // size
+
+
+@njit(nogil=True, error_model="numpy")
+def _row_chunk(code: int, rows: int) -> int:
+    return PAGE_CHUNK if code == 3 and rows >= 4 * PAGE_CHUNK else ROW_CHUNK
 
 
 @njit(nogil=True, error_model="numpy")
@@ -124,10 +129,12 @@ def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
         attend(op, step, chunk // op[3], chunk % op[3], scratch)
         return
     if code == 6:
-        route(op, step)
+        route(op, _rows_of(op, step))
         return
-    first = chunk * ROW_CHUNK
-    last = min(first + ROW_CHUNK, _rows_of(op, step))
+    rows = _rows_of(op, step)
+    size = _row_chunk(code, rows)
+    first = chunk * size
+    last = min(first + size, rows)
     if code == 0:
         embed(op, step, first, last)
     elif code == 1:

@@ -19,4 +19,5 @@ def compile_kernels() -> None:
     draw_rows(np.zeros((0, 1), np.float32), np.zeros(0, np.float32), none, np.zeros((0, 4)), none)
     ints, rows = np.zeros(0, np.int32), np.zeros((2, 0), np.int32)
     tables, pages = np.zeros((0, 0), np.int32), np.zeros((2, 0, 0), np.int64)
-    lay_out(ints, ints, ints, tables, 1, 1, 1, 1, rows, ints, pages, np.zeros((0, 3), np.int32), ints)
+    tasks, counts = np.zeros((2, 0, 3), np.int32), np.zeros(2, np.int64)
+    lay_out(ints, ints, ints, tables, 1, 1, 1, 1, rows, pages, rows, tasks, counts, rows)
