@@ -201,7 +201,7 @@ class Program:
         normed = self._input(rows, _up(config.hidden_size))
         mixed = self._input(rows, max(width, _up(config.num_heads * config.head_dim)))
         projected = self._buffer(rows, first.qkv.outputs if first else PANEL)
-        queries = self._buffer(rows * config.num_heads, config.head_dim)
+        queries = self._buffer(rows * config.num_heads, config.head_dim, apart=False)
         which = TOKENS
         for index, layer in enumerate(weights.layers):
             self._normalise(TOKENS, layer.attention_norm, stream, normed, layer.qkv)
@@ -222,7 +222,7 @@ class Program:
                 self._feedforward(which, layer.mlp, normed, stream, rows, layer=index)
         if which == TOKENS:
             stream = self._gathered(stream)
-        self.logits = self._buffer(self.wanted, weights.head.outputs)
+        self.logits = self._buffer(self.wanted, weights.head.outputs, apart=False)
         self._normalise(WANTED, weights.norm, stream, normed, weights.head)
         self._multiply(WANTED, weights.head, normed, self.logits)
 
@@ -362,12 +362,15 @@ class Program:
     def _keep(self, array: NDArray[Any]) -> int:
         return self._at(array)
 
-    def _buffer(self, rows: int, width: int, *, shared: str = "") -> _Buffer:
-        """Rows of float32; what is `shared` under a name is the same memory in every layer."""
+    def _buffer(self, rows: int, width: int, *, shared: str = "", apart: bool = True) -> _Buffer:
+        """Rows of float32; what is `shared` under a name is the same memory in every layer.
+
+        Rows lie `apart` by a line of the caches: at a distance of 4 KiB twelve of them would fill one set.
+        """
         key = (shared, rows, width)
         buffer = self._shared.get(key)
         if buffer is None or not shared:
-            buffer = _Buffer(zeros((rows, width), np.float32))
+            buffer = _Buffer(zeros((rows, width + 16 * apart), np.float32)[:, :width])
             self._shared[key] = buffer
             self._kept.append(buffer)
         return buffer

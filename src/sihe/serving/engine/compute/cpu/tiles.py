@@ -34,6 +34,9 @@ ROWS_INT4 = (6, 4, 2, 1)
 """The same for int4, which sums a group in integers and then all groups in float32: four registers a row."""
 _MANY = 4
 """Rows from which on weights are fetched into the second cache only: the first one is for the rows."""
+_TURNS = 4
+"""Inputs that one turn of a product's loop takes: the addresses of the rows are then reckoned once for all of them, on
+the ports that the sums need."""
 _HALVES = (0, 64)  # bytes from one register of a panel's step to the next
 
 
@@ -44,30 +47,30 @@ def float_tile(rows: int, kind: str) -> Any:
     bytes further at each step.
     """
     depth = 1 if kind == "float32" else 2
+    turns = _TURNS // depth if rows >= _MANY else 1
 
     def emit(t: Tile, given: list[Value]) -> None:
         x, x_stride, weights, steps, bias, y, y_stride, add, ahead, ahead_stride = given
         sums = _sums(t, rows, lambda half: t.load(t.at(bias, 64 * half), F32X16))
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
         _fetch_results(t, rows, y, y_stride)
-        with t.loop(steps) as step:
-            panel = t.at(weights, t.b.mul(step, I64(128)))
-            for offset in _HALVES:
-                t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), offset), near=rows < _MANY)
-            if depth == 1:
-                columns = [[t.load(t.at(panel, offset), F32X16) for offset in _HALVES]]
-            else:
-                pairs = [t.load(t.at(panel, offset), I32X16) for offset in _HALVES]
-                first = [t.b.bitcast(t.b.shl(pair, t.constant(16, I32X16)), F32X16) for pair in pairs]
-                mask = t.constant(-65536, I32X16)
-                columns = [first, [t.b.bitcast(t.b.and_(pair, mask), F32X16) for pair in pairs]]
-            offset = t.b.mul(step, I64(4 * depth))
-            for row in range(rows):
-                for k, halves in enumerate(columns):
-                    factor = t.broadcast(t.at(x_at[row], offset, 4 * k), F32)
-                    for half, column in enumerate(halves):
-                        place = sums[row][half]
-                        t.put(t.fma(factor, column, t.get(place)), place)
+        with t.loop(t.b.udiv(steps, I64(turns))) as several:
+            first_step = t.b.mul(several, I64(turns))
+            panel, ahead_at = (
+                t.at(weights, t.b.mul(first_step, I64(128))),
+                t.at(ahead, t.b.mul(first_step, ahead_stride)),
+            )
+            offset = t.b.mul(first_step, I64(4 * depth))
+            for turn in range(turns):
+                for half in _HALVES:
+                    t.prefetch(t.at(ahead_at, t.b.mul(ahead_stride, I64(turn)), half), near=rows < _MANY)
+                columns = _columns(t, t.at(panel, 128 * turn), kind)
+                for row in range(rows):
+                    for k, halves in enumerate(columns):
+                        factor = t.broadcast(t.at(x_at[row], offset, 4 * (depth * turn + k)), F32)
+                        for half, column in enumerate(halves):
+                            place = sums[row][half]
+                            t.put(t.fma(factor, column, t.get(place)), place)
         for row in range(rows):
             for half in range(2):
                 _write(t, t.get(sums[row][half]), t.at(y, t.b.mul(y_stride, I64(row)), 64 * half), add)
@@ -250,6 +253,15 @@ def scale_tile() -> Any:
 
 
 _KINDS: dict[str, tuple[Any, int]] = {"float32": (F32, 4), "bfloat16": (I16, 2), "int8": (I8, 1)}
+
+
+def _columns(t: Tile, panel: Value, kind: str) -> list[list[Value]]:
+    """A panel's two registers of float32 for each input of one step: one, or two of bfloat16, which lie in pairs."""
+    if kind == "float32":
+        return [[t.load(t.at(panel, offset), F32X16) for offset in _HALVES]]
+    pairs = [t.load(t.at(panel, offset), I32X16) for offset in _HALVES]
+    first = [t.b.bitcast(t.b.shl(pair, t.constant(16, I32X16)), F32X16) for pair in pairs]
+    return [first, [t.b.bitcast(t.b.and_(pair, t.constant(-65536, I32X16)), F32X16) for pair in pairs]]
 
 
 def _sums(t: Tile, rows: int, start: Callable[[int], Value]) -> list[list[Value]]:
