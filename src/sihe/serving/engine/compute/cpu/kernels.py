@@ -96,12 +96,14 @@ compiled_fast = njit(nogil=True, error_model="numpy", fastmath=_FAST)
 
 
 @compiled
-def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None:
+def multiply_panels(op: Any, first: int, last: int, row: int, rows: int, then: int, then_bytes: int) -> None:
     """Columns of panels `first` .. `last` - 1 of the product, for `rows` rows from `row`.
 
+    What this thread is likely to read after them, `then_bytes` at `then`, is fetched beside the last panel.
+
     op: code, which rows, kind, x, its S, weights, bytes of a panel, steps, panels, bias, y, its S, add, scales, bytes
-    of a panel's scales, x scales, x sums, their S, nothing, experts (0: dense), offsets of the experts' rows, bytes of
-    an expert's weights, of its scales.
+    of a panel's scales, x scales, x sums, their S, the next product's op (0: none), experts (0: dense), offsets of the
+    experts' rows, bytes of an expert's weights, of its scales.
     """
     kind, x, x_s, weights, panel_s, steps = op[2], op[3], op[4], op[5], op[6], op[7]
     bias, y, y_s, add, scales, scales_s, x_scales, x_sums, sums_s = (
@@ -116,8 +118,11 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None
             end = row + rows
         # The first tile of a panel fetches it; the other high ones share out the fetching of the next one.
         sharing = (end - top + tallest // 3) // tallest - 1
-        stride = (_STEP_BYTES + sharing - 1) // sharing if sharing > 0 else _STEP_BYTES
         for panel in range(first, last):
+            next_at, next_bytes = weights + (panel + 1) * panel_s, panel_s
+            if panel == last - 1:
+                next_at, next_bytes = (then, then_bytes) if end == row + rows else (weights + first * panel_s, panel_s)
+            stride = -(-_STEP_BYTES * next_bytes // (panel_s * sharing)) if sharing > 0 else _STEP_BYTES
             w, b, out, sc = (
                 weights + panel * panel_s,
                 bias + panel * 4 * PANEL,
@@ -192,7 +197,7 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int) -> None
                         _INT4_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
                         at += 1
                 if sharing > 0:
-                    ahead = w + panel_s + ((at - top) // tallest - 1) * panel_s // sharing
+                    ahead = next_at + ((at - top) // tallest - 1) * next_bytes // sharing
                     ahead_s = stride
 
 

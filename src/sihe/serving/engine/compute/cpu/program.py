@@ -36,6 +36,7 @@ PAGE_KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.
 TOKENS, WANTED, CHOICES = 0, 1, 2
 """Which rows an operation has; `CHOICES` is added where each row is there once for each of its experts."""
 _NOT_QUANTISED = (0,) * 7
+_NEXT = 18  # where a product names the next one
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class Program:
         self.choices = config.experts_per_token if config.num_experts else 1
         self._build()
         self.ops: Longs = np.array([op + [0] * (WIDTH - len(op)) for op in self._ops], np.int64)
+        products = np.flatnonzero(self.ops[:, 0] == Code.MULTIPLY)
+        self.ops[products[:-1], _NEXT] = self.ops.ctypes.data + 8 * WIDTH * products[1:]
 
     @property
     def wanted_rows(self) -> NDArray[np.int32]:

@@ -110,6 +110,19 @@ def _panel_chunks(panels: int, threads: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
+def _panel_after(op: Any, part: int, threads: int) -> tuple[int, int]:
+    """Where a product's part begins, and the bytes of a panel; behind the last one, of the product after it."""
+    chunks = _panel_chunks(op[8], threads)
+    if part < chunks:
+        return op[5] + op[8] * part // chunks * op[6], op[6]
+    if op[18] == 0:
+        return op[5], 0
+    following = int64_at(op[18])
+    others = _panel_chunks(following[8], threads)
+    return following[5] + following[8] * min(part - chunks, others - 1) // others * following[6], following[6]
+
+
+@njit(nogil=True, error_model="numpy")
 def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
     code = op[0]
     if code == 2:
@@ -117,13 +130,14 @@ def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
         expert, part = chunk // chunks, chunk % chunks
         first, last = op[8] * part // chunks, op[8] * (part + 1) // chunks
         if op[19] == 0:
-            multiply_panels(op, first, last, 0, _rows_of(op, step))
+            then, then_bytes = _panel_after(op, part + threads, threads)
+            multiply_panels(op, first, last, 0, _rows_of(op, step), then, then_bytes)
         else:
             offsets = int32_at(op[20])
             mine = op.copy()
             mine[5] += expert * op[21]
             mine[13] += expert * op[22]
-            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert])
+            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0)
         return
     if code == 4:
         attend(op, step, chunk // op[3], chunk % op[3], scratch)
