@@ -227,10 +227,15 @@ class Tile(_Memory):
 
     def across(self, combine: Callable[[Value, Value], Value], value: Value) -> Value:
         """All lanes combined in pairs, then pairs of pairs, …: the result in every lane."""
+        return self.across_each(combine, [value])[0]
+
+    def across_each(self, combine: Callable[[Value, Value], Value], values: list[Value]) -> list[Value]:
+        """The same for several vectors, side by side."""
         for distance in (8, 4, 2, 1):
             partners = ir.Constant(I32X16, [lane ^ distance for lane in range(LANES)])
-            value = combine(value, self.b.shuffle_vector(value, value, partners))
-        return value
+            turned = [self.b.shuffle_vector(value, value, partners) for value in values]
+            values = [combine(value, other) for value, other in zip(values, turned, strict=True)]
+        return values
 
     def first(self, value: Value) -> Value:
         """The number in the first lane."""
@@ -266,6 +271,23 @@ class Tile(_Memory):
         power = self.b.shl(self.b.bitcast(shifted, I32X16), self.constant(23, I32X16))
         power = self.b.add(power, self.constant(0x3F800000, I32X16))
         return self.b.fmul(p, self.b.bitcast(power, F32X16))
+
+    def exp2(self, xs: list[Value]) -> list[Value]:
+        """2 to each of the x ≤ 0, to 2 in the last place, all at once: none waits for another's result.
+
+        Coefficients: Cephes, exp2f.c (Moshier, https://www.netlib.org/cephes/).
+        """
+        b, magic = self.b, self.constant(12582912.0)
+        xs = [b.select(b.fcmp_ordered("<", x, self.constant(-126.0)), self.constant(-126.0), x) for x in xs]
+        shifted = [b.fadd(x, magic) for x in xs]
+        rests = [b.fsub(x, b.fsub(s, magic)) for x, s in zip(xs, shifted, strict=True)]
+        powers = [self.constant(1.535336188319500e-4)] * len(xs)
+        for c in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1,
+                  6.931472028550421e-1, 1.0):  # fmt: skip
+            powers = [self.fma(p, rest, self.constant(c)) for p, rest in zip(powers, rests, strict=True)]
+        wholes = [b.shl(b.bitcast(s, I32X16), self.constant(23, I32X16)) for s in shifted]
+        wholes = [b.add(whole, self.constant(0x3F800000, I32X16)) for whole in wholes]
+        return [b.fmul(p, b.bitcast(whole, F32X16)) for p, whole in zip(powers, wholes, strict=True)]
 
     def _call(self, name: str, kind: Any, *values: Value) -> Value:
         suffix = "v16f32" if kind == F32X16 else "f32"

@@ -22,7 +22,8 @@ TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES
 ATTEND_ROWS = 12
 
-_softmax_whole, _softmax_partly = (softmax_tile(TILE_PAGES, partly) for partly in (False, True))
+_softmax_4, _softmax_1 = (softmax_tile(rows, TILE_PAGES) for rows in (4, 1))
+_softmax_partly_4, _softmax_partly_1 = (softmax_tile(rows, TILE_PAGES, partly=True) for rows in (4, 1))
 _scale_by = scale_tile()
 
 
@@ -211,7 +212,7 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
     op: code, which rows, queries [K, T, G, H], K, G, H, kind of the pages, the layer's keys, bytes of a head, the
     layer's values, bytes of a head, bytes of a token's values, window (0: none), out [T, K, G, H], its S, width of a
     value. Of wanted rows alone the result is [O, K, G, H].
-    scratch: scores [12, 64], sums [12, H], states [12, 4], float32.
+    scratch: scores [12, 64], sums [12, H], states [12, 4], float32, and bounds [12, 2], int32.
     """
     group, size, kind, width = op[4], op[5], op[6], op[15]
     tasks, starts, firsts = int32_at(step[13 + op[1]]), int32_at(step[6]), int32_at(step[15])
@@ -224,7 +225,8 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
         scratch + 4 * ATTEND_ROWS * TILE_TOKENS,
         scratch + 4 * ATTEND_ROWS * (TILE_TOKENS + width),
     )
-    total, state = float32_at(sums), float32_at(states)
+    bounds = states + 16 * ATTEND_ROWS
+    total, state, bound = float32_at(sums), float32_at(states), int32_at(bounds)
     for i in range(rows * width):
         total[i] = 0.0
     for row in range(rows):
@@ -243,14 +245,28 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
             _score_bfloat16(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
         else:
             _score_int8(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
-        for row in range(rows):
-            position = start + (begin + row) // group
-            first = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
-            last = min(TILE_TOKENS, position + 1 - begins)
-            if first == 0 and last == TILE_TOKENS:
-                _softmax_whole(scores + 4 * TILE_TOKENS * row, first, last, states + 16 * row)
+        is_whole = begins + TILE_TOKENS <= oldest + 1 and (op[12] == 0 or newest - op[12] < begins)
+        if not is_whole:
+            for row in range(rows):
+                position = start + (begin + row) // group
+                bound[2 * row] = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
+                bound[2 * row + 1] = min(TILE_TOKENS, position + 1 - begins)
+        row, s = 0, 4 * TILE_TOKENS
+        while row < rows:
+            row_scores, row_state, row_bounds = scores + s * row, states + 16 * row, bounds + 8 * row
+            if rows - row >= 4:
+                if is_whole:
+                    _softmax_4(row_scores, s, row_state, row_bounds)
+                else:
+                    _softmax_partly_4(row_scores, s, row_state, row_bounds)
+                row += 4
             else:
-                _softmax_partly(scores + 4 * TILE_TOKENS * row, first, last, states + 16 * row)
+                if is_whole:
+                    _softmax_1(row_scores, s, row_state, row_bounds)
+                else:
+                    _softmax_partly_1(row_scores, s, row_state, row_bounds)
+                row += 1
+        for row in range(rows):
             factor = state[4 * row + 2]
             if factor != 1.0:  # as it is wherever none of these scores is the largest so far
                 for i in range(width):

@@ -9,6 +9,7 @@ intermediate, E experts, R choices of experts, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -178,7 +179,7 @@ class Program:
         self._shared_inputs: dict[tuple[str, int, int], _Input] = {}
         self._ops: list[list[int]] = []
         self._rotary = _rotary(config)
-        self._query_scale = torch.tensor([config.head_dim**-0.5])
+        self._query_scale = torch.tensor([config.head_dim**-0.5 * math.log2(math.e)])  # powers of 2 are cheaper
         # Numbers of the step, at an address that does not change.
         self._wanted_rows = np.zeros((2, wanted), np.int32)
         self.choices = config.experts_per_token if config.num_experts else 1

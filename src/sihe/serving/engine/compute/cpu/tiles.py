@@ -315,41 +315,51 @@ def quantise_tile() -> Any:
     return tile(emit, "i" * 6)
 
 
-def softmax_tile(vectors: int, partly: bool) -> Any:
-    """One row's share of a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over 16 * `vectors` scores.
+def softmax_tile(rows: int, vectors: int, *, partly: bool = False) -> Any:
+    """A tile's share of a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867): 16 `vectors` scores a row.
 
-    Scores become weights e^(score - largest so far), and what was summed up before is scaled to the new largest; of a
-    row that sees them only `partly`, those outside of first .. last - 1 become 0. Arguments: scores, first, last, the
-    address of three float32 (the largest so far, the sum so far, and where the factor for earlier sums goes).
+    Scores are to the base of 2. They become weights 2^(score - largest so far), and what was summed up before is scaled
+    to the new largest; of rows that see them only `partly`, those outside of first .. last - 1 become 0. Arguments:
+    scores, their stride, the address of four float32 a row (the largest so far, the sum so far, where the factor for
+    earlier sums goes, nothing), that of first and last of each row (int32).
+
+    The rows are written side by side, instruction by instruction, for each waits long for its own results.
     """
 
     def emit(t: Tile, given: list[Value]) -> None:
-        scores, first, last, state = given
-        at = [t.at(scores, 4 * LANES * vector) for vector in range(vectors)]
-        found = [t.load(address, F32X16) for address in at]
-        seen: list[Value] = []
-        if partly:
-            first_16, last_16 = (t.splat(t.b.trunc(value, I32)) for value in (first, last))
-            for vector in range(vectors):
-                place = ir.Constant(I32X16, list(range(LANES * vector, LANES * (vector + 1))))
-                seen.append(t.b.and_(t.b.icmp_signed(">=", place, first_16), t.b.icmp_signed("<", place, last_16)))
-            found = [t.b.select(mask, score, t.constant(_LOWEST)) for mask, score in zip(seen, found, strict=True)]
-        before = t.broadcast(state, F32)
-        largest = before
-        for score in found:
-            largest = t.maximum(score, largest)
-        top = t.across(t.maximum, largest)
-        total = t.constant(0.0)
-        for vector, score in enumerate(found):
-            weight = t.exp(t.b.fsub(score, top))
-            if partly:
-                weight = t.b.select(seen[vector], weight, t.constant(0.0))
-            t.store(weight, at[vector])
-            total = t.b.fadd(total, weight)
-        factor = t.exp(t.b.fsub(before, top))
-        sum_so_far = t.fma(t.broadcast(t.at(state, 4), F32), factor, t.across(t.b.fadd, total))
-        for place, value in ((0, top), (4, sum_so_far), (8, factor)):
-            t.store(t.first(value), t.at(state, place))
+        scores, stride, state, bounds = given
+        state_at = [t.at(state, 16 * row) for row in range(rows)]
+        at = [[t.at(scores, t.b.mul(stride, I64(row)), 4 * LANES * v) for row in range(rows)] for v in range(vectors)]
+
+        def masked(vector: int, row: int, value: Value, otherwise: float) -> Value:
+            if not partly:
+                return value
+            place = ir.Constant(I32X16, list(range(LANES * vector, LANES * (vector + 1))))
+            first, last = (t.broadcast(t.at(bounds, 8 * row, offset), I32) for offset in (0, 4))
+            is_seen = t.b.and_(t.b.icmp_signed(">=", place, first), t.b.icmp_signed("<", place, last))
+            return t.b.select(is_seen, value, t.constant(otherwise))
+
+        def found(vector: int, row: int) -> Value:
+            return masked(vector, row, t.load(at[vector][row], F32X16), _LOWEST)
+
+        before = [t.broadcast(address, F32) for address in state_at]
+        tops = before
+        for vector in range(vectors):
+            tops = [t.maximum(found(vector, row), top) for row, top in enumerate(tops)]
+        tops = t.across_each(t.maximum, tops)
+        totals = [t.constant(0.0)] * rows
+        for vector in range(vectors):
+            weights = t.exp2([t.b.fsub(found(vector, row), top) for row, top in enumerate(tops)])
+            weights = [masked(vector, row, weight, 0.0) for row, weight in enumerate(weights)]
+            for weight, address in zip(weights, at[vector], strict=True):
+                t.store(weight, address)
+            totals = [t.b.fadd(total, weight) for total, weight in zip(totals, weights, strict=True)]
+        totals = t.across_each(t.b.fadd, totals)
+        factors = t.exp2([t.b.fsub(old, new) for old, new in zip(before, tops, strict=True)])
+        for address, top, total, factor in zip(state_at, tops, totals, factors, strict=True):
+            total = t.fma(t.broadcast(t.at(address, 4), F32), factor, total)
+            for place, value in ((0, top), (4, total), (8, factor)):
+                t.store(t.first(value), t.at(address, place))
 
     return tile(emit, "i" * 4)
 
