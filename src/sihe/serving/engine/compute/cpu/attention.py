@@ -22,7 +22,7 @@ TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES
 ATTEND_ROWS = 12
 
-_softmax_4, _softmax_1 = (softmax_tile(rows, TILE_PAGES) for rows in (4, 1))
+_softmax_4, _softmax_3, _softmax_2, _softmax_1 = (softmax_tile(rows, TILE_PAGES) for rows in (4, 3, 2, 1))
 _softmax_partly_4, _softmax_partly_1 = (softmax_tile(rows, TILE_PAGES, partly=True) for rows in (4, 1))
 _scale_by = scale_tile()
 
@@ -112,6 +112,29 @@ _score_float32, _score_bfloat16, _score_int8 = (_scorer(kind) for kind in ("floa
 _mix_float32, _mix_bfloat16, _mix_int8 = (
     _mixer(kind, size) for kind, size in (("float32", 4), ("bfloat16", 2), ("int8", 1))
 )
+
+
+@compiled
+def _softmax(scores: int, rows: int, states: int, bounds: int, is_whole: bool) -> None:
+    """All rows' share of the softmax, four side by side."""
+    s, row = 4 * TILE_TOKENS, 0
+    while row < rows:
+        left, at, state, bound = rows - row, scores + s * row, states + 16 * row, bounds + 8 * row
+        taken = min(left, 4)
+        if not is_whole and left < 4:
+            _softmax_partly_1(at, s, state, bound)
+            taken = 1
+        elif not is_whole:
+            _softmax_partly_4(at, s, state, bound)
+        elif left >= 4:
+            _softmax_4(at, s, state, bound)
+        elif left == 3:
+            _softmax_3(at, s, state, bound)
+        elif left == 2:
+            _softmax_2(at, s, state, bound)
+        else:
+            _softmax_1(at, s, state, bound)
+        row += taken
 
 
 @compiled_fast
@@ -251,21 +274,7 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
                 position = start + (begin + row) // group
                 bound[2 * row] = 0 if op[12] == 0 else max(0, position - op[12] + 1 - begins)
                 bound[2 * row + 1] = min(TILE_TOKENS, position + 1 - begins)
-        row, s = 0, 4 * TILE_TOKENS
-        while row < rows:
-            row_scores, row_state, row_bounds = scores + s * row, states + 16 * row, bounds + 8 * row
-            if rows - row >= 4:
-                if is_whole:
-                    _softmax_4(row_scores, s, row_state, row_bounds)
-                else:
-                    _softmax_partly_4(row_scores, s, row_state, row_bounds)
-                row += 4
-            else:
-                if is_whole:
-                    _softmax_1(row_scores, s, row_state, row_bounds)
-                else:
-                    _softmax_partly_1(row_scores, s, row_state, row_bounds)
-                row += 1
+        _softmax(scores, rows, states, bounds, is_whole)
         for row in range(rows):
             factor = state[4 * row + 2]
             if factor != 1.0:  # as it is wherever none of these scores is the largest so far
