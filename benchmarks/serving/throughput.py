@@ -69,6 +69,7 @@ CLASSES = {
     "int4": (Entry(OURS, "int4"), _llama("int4"), _llama("int4", "llama_flash")),
 }
 CALM = 0.05  # of the processors' time: what others may have of it before a timing is repeated
+WARM_BATCH = 8  # at most, of the turn that warms a contender up: 32 prompts of 1,024 tokens would take a minute
 PREFILL_GOAL, DECODE_GOAL, INT8_GOAL = 1.2, 1.0, 2.0
 
 
@@ -120,10 +121,10 @@ def measure(cell: Cell, contenders: list[Contender], chosen: argparse.Namespace)
     """Every contender in turn, `--repeats` times, each time after a turn of its own that warms up."""
     figures, seeds = Figures(), itertools.count(1)
 
-    def timed(contender: Contender, tokens: int) -> Measured:
+    def timed(contender: Contender, tokens: int, batch: int = cell.batch) -> Measured:
         tries: list[Measured] = []
         while len(tries) < chosen.tries:
-            found = contender.measure(batch=cell.batch, prompt=cell.prompt, tokens=tokens, seed=next(seeds))
+            found = contender.measure(batch=batch, prompt=cell.prompt, tokens=tokens, seed=next(seeds))
             tries.append(found)
             if found.disturbed < CALM:
                 break
@@ -132,7 +133,7 @@ def measure(cell: Cell, contenders: list[Contender], chosen: argparse.Namespace)
     for _ in range(chosen.repeats):
         with quiet(chosen.lock):
             for contender in contenders:
-                timed(contender, 2)  # not counted: it finds the caches full of what others have read
+                timed(contender, 2, batch=min(cell.batch, WARM_BATCH))  # not counted: the caches hold others' weights
                 for _ in range(chosen.tries):
                     one, whole = (timed(contender, tokens) for tokens in (1, chosen.tokens))
                     if whole.seconds > one.seconds:
