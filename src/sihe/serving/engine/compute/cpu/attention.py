@@ -28,12 +28,13 @@ _scale_by = scale_tile()
 
 
 def _scorer(kind: str) -> Any:
-    """Scores of all rows over a tile's pages of keys; its values, at `then`, are fetched meanwhile."""
+    """Scores of all rows over a tile's pages of keys, of which `seen` tokens are wanted; `then` are its values, fetched
+    meanwhile. What is behind the wanted tokens may be left as it was."""
     rows_12, rows_6, rows_3, rows_2, rows_1 = (score_tile(n, 2 if n == 12 else 4, kind) for n in (12, 6, 3, 2, 1))
 
     @compiled
     def score(
-        q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int, then: int, then_in: int
+        q: int, q_s: int, rows: int, pages: int, inside: int, size: int, scores: int, then: int, then_in: int, seen: int
     ) -> None:
         s = 4 * TILE_TOKENS
         at = 0
@@ -41,7 +42,8 @@ def _scorer(kind: str) -> Any:
             left, qa, sa = rows - at, q + at * q_s, scores + at * s
             if left >= 12:
                 rows_12(qa, q_s, pages, inside, size, sa, s, then, then_in)
-                rows_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
+                if seen > TILE_TOKENS // 2:
+                    rows_12(qa, q_s, pages + 16, inside, size, sa + 128, s, then + 16, then_in)
                 at += 12
             elif left >= 6:
                 rows_6(qa, q_s, pages, inside, size, sa, s, then, then_in)
@@ -261,13 +263,14 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
         begins = tile * TILE_TOKENS
         key_pages = step[8] + 8 * (feed * step[10] + tile * TILE_PAGES)
         value_pages = step[9] + 8 * (feed * step[10] + tile * TILE_PAGES)
+        seen = min(TILE_TOKENS, newest + 1 - begins)
         keys_in, values_in = op[7] + head * op[8], op[9] + head * op[10]
         if kind == 0:
-            _score_float32(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
+            _score_float32(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
         elif kind == 1:
-            _score_bfloat16(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
+            _score_bfloat16(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
         else:
-            _score_int8(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in)
+            _score_int8(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
         is_whole = begins + TILE_TOKENS <= oldest + 1 and (op[12] == 0 or newest - op[12] < begins)
         if not is_whole:
             for row in range(rows):
@@ -280,7 +283,6 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
             if factor != 1.0:  # as it is wherever none of these scores is the largest so far
                 for i in range(width):
                     total[row * width + i] *= factor
-        seen = min(TILE_TOKENS, newest + 1 - begins)
         next_pages = key_pages + 8 * TILE_PAGES if tile < newest // TILE_TOKENS else key_pages
         if kind == 0:
             _mix_float32(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)

@@ -49,7 +49,8 @@ class CpuCompute:
         self._config: ModelConfig = model.config
         self._pages = pages
         self._kinds = (KINDS[kind], KINDS[head or kind])
-        self._weights = Weights(model, *self._kinds, keep=keep)
+        self._interleaved = max_adapters == 0
+        self._weights = Weights(model, *self._kinds, keep=keep, interleaved=self._interleaved)
         self._adapters = AdapterTables(self._config, self._weights, max_adapters)
         self._team = Team(threads or cores())
         self._program = self._sized(_ROWS, _WANTED)
@@ -82,7 +83,7 @@ class CpuCompute:
 
     def refresh(self, model: Decoder) -> None:
         """Packs the weights that `model` has now."""
-        self._weights = Weights(model, *self._kinds, keep=True)
+        self._weights = Weights(model, *self._kinds, keep=True, interleaved=self._interleaved)
         self._program = self._sized(self._program.rows, self._program.wanted)
 
     def close(self) -> None:

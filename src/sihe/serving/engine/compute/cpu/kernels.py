@@ -21,6 +21,7 @@ from sihe.serving.engine.compute.cpu.tiles import (
     ROWS_INT4,
     activation_tile,
     float_tile,
+    gate_tile,
     int4_tile,
     int8_tile,
     quantise_tile,
@@ -84,7 +85,7 @@ _F32_12, _F32_8, _F32_4, _F32_2, _F32_1 = (float_tile(rows, "float32") for rows 
 _BF16_12, _BF16_8, _BF16_4, _BF16_2, _BF16_1 = (float_tile(rows, "bfloat16") for rows in ROWS)
 _INT8_12, _INT8_8, _INT8_4, _INT8_2, _INT8_1 = (int8_tile(rows) for rows in ROWS)
 _INT4_6, _INT4_4, _INT4_2, _INT4_1 = (int4_tile(rows) for rows in ROWS_INT4)
-_quantise = quantise_tile()
+_quantise, _gate = quantise_tile(), gate_tile()
 _silu_gated, _gelu_gated, _gelu_tanh_gated, _relu_gated = (activation_tile(name, True) for name in ACTIVATIONS)
 _silu, _gelu, _gelu_tanh, _relu = (activation_tile(name, False) for name in ACTIVATIONS)
 
@@ -96,19 +97,25 @@ compiled_fast = njit(nogil=True, error_model="numpy", fastmath=_FAST)
 
 
 @compiled
-def multiply_panels(op: Any, first: int, last: int, row: int, rows: int, then: int, then_bytes: int) -> None:
+def multiply_panels(
+    op: Any, first: int, last: int, row: int, rows: int, then: int, then_bytes: int, scratch: int
+) -> None:
     """Columns of panels `first` .. `last` - 1 of the product, for `rows` rows from `row`.
 
-    What this thread is likely to read after them, `then_bytes` at `then`, is fetched beside the last panel.
+    What this thread is likely to read after them, `then_bytes` at `then`, is fetched beside the last panel. Where a
+    panel is 16 columns of a gate and the 16 that it opens, y gets what is let through.
 
     op: code, which rows, kind, x, its S, weights, bytes of a panel, steps, panels, bias, y, its S, add, scales, bytes
     of a panel's scales, x scales, x sums, their S, the next product's op (0: none), experts (0: dense), offsets of the
-    experts' rows, bytes of an expert's weights, of its scales.
+    experts' rows, bytes of an expert's weights, of its scales, whether panels are gated.
+    scratch: a tile's results [12, 32], float32.
     """
     kind, x, x_s, weights, panel_s, steps = op[2], op[3], op[4], op[5], op[6], op[7]
-    bias, y, y_s, add, scales, scales_s, x_scales, x_sums, sums_s = (
-        op[9], op[10], op[11], op[12], op[13], op[14], op[15], op[16], op[17],
+    bias, y, add, scales, scales_s, x_scales, x_sums, sums_s = (
+        op[9], op[10], op[12], op[13], op[14], op[15], op[16], op[17],
     )  # fmt: skip
+    is_gated = op[23] != 0
+    y_s = 4 * PANEL if is_gated else op[11]
     tallest = 6 if kind == 3 else 12
     block = max(tallest, _BLOCK_BYTES // x_s // tallest * tallest)
     end = row
@@ -131,8 +138,8 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int, then: i
             )
             at, ahead, ahead_s = top, w + _AHEAD_BYTES, _STEP_BYTES
             while at < end:
-                left = end - at
-                xa, ya = x + at * x_s, out + at * y_s
+                left, begun = end - at, at
+                xa, ya = x + at * x_s, scratch if is_gated else out + at * y_s
                 if kind == 0:
                     if left >= 12:
                         _F32_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
@@ -196,6 +203,8 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int, then: i
                     else:
                         _INT4_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum, sums_s)
                         at += 1
+                if is_gated:
+                    _gate(scratch, y + panel * 2 * PANEL + begun * op[11], op[11], at - begun)
                 if sharing > 0:
                     ahead = next_at + ((at - top) // tallest - 1) * next_bytes // sharing
                     ahead_s = stride
@@ -206,7 +215,9 @@ def multiply_panels(op: Any, first: int, last: int, row: int, rows: int, then: i
 
 @compiled_fast
 def norm_row(x: int, y: int, size: int, kind: int, weight: int, bias: int, eps: float) -> None:
-    """y = x normalised: 1 by its root mean square, 2 by mean and deviation; 0 copies."""
+    """y = x normalised: 1 by its root mean square, 2 by mean and deviation; 0 copies what is not there already."""
+    if kind == 0 and x == y:
+        return
     source, out, w = float32_at(x), float32_at(y), float32_at(weight)
     if kind == 0:
         for i in range(size):

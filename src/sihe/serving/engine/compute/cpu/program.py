@@ -42,12 +42,17 @@ _NEXT = 18  # where a product names the next one
 
 @dataclass(frozen=True)
 class Feedforward:
-    """Up (with its gate) and down, and what is between."""
+    """Up (with its gate) and down, and what is between.
+
+    `interleaved` are gate and up in one panel, 16 columns each, so that the product itself lets through what the gate
+    opens. Adapters change gate and up before that, and want them one behind the other.
+    """
 
     up: Packed
     down: Packed
     activation: int
     gated: bool
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,12 @@ class Layer:
 
 
 class Weights:
-    """A decoder's weights, packed; unless `model` is to `keep` them they are taken out of it, block after block."""
+    """A decoder's weights, packed; unless `model` is to `keep` them they are taken out of it, block after block.
 
-    def __init__(self, model: Decoder, kind: Kind, head: Kind, *, keep: bool) -> None:
+    For `interleaved` see `Feedforward`.
+    """
+
+    def __init__(self, model: Decoder, kind: Kind, head: Kind, *, keep: bool, interleaved: bool) -> None:
         config = model.config
         table = model.embedding.weight.detach()
         self.head = pack(model.head_weight, head)
@@ -118,7 +126,7 @@ class Weights:
                     None if attention.k_norm is None else Norm.of(attention.k_norm),
                     pack(attention.out.weight, kind, attention.out.bias),
                     Norm.of(block.mlp_norm),
-                    _mlp(block.mlp, config, kind),
+                    _mlp(block.mlp, config, kind, interleaved),
                 )
             )
             if not keep:
@@ -257,7 +265,15 @@ class Program:
         )  # fmt: skip
 
     def _multiply(
-        self, which: int, matrix: Packed, x: _Input, y: _Buffer, *, add: bool = False, offsets: int = 0
+        self,
+        which: int,
+        matrix: Packed,
+        x: _Input,
+        y: _Buffer,
+        *,
+        add: bool = False,
+        offsets: int = 0,
+        gated: bool = False,
     ) -> None:
         source = x.codes if matrix.is_quantised else x.exact
         stack = len(matrix.panels)
@@ -267,7 +283,7 @@ class Program:
             matrix.steps, panels, self._at(matrix.bias), *y.ends, int(add),
             self._at(matrix.scales), matrix.scales[0, 0].nbytes if matrix.is_quantised else 0,
             self._at(x.scales), self._at(x.sums), 4 * matrix.groups, 0,
-            stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes,
+            stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes, int(gated),
         )  # fmt: skip
 
     def _adapt(self, which: int, layer: int, product: int, x: _Input, inputs: int, y: _Buffer) -> None:
@@ -319,8 +335,14 @@ class Program:
         offsets: int = 0,
         add: bool = True,
     ) -> None:
-        wide = self._buffer(rows, mlp.up.outputs, shared="wide")
         narrow = self._input(rows, mlp.down.inputs, shared="narrow")
+        if mlp.interleaved:
+            self._multiply(which, mlp.up, x, narrow.exact, offsets=offsets, gated=True)
+            if mlp.down.is_quantised:
+                self._normalise(which, None, narrow.exact, narrow, mlp.down)
+            self._multiply(which, mlp.down, narrow, y, add=add, offsets=offsets)
+            return
+        wide = self._buffer(rows, mlp.up.outputs, shared="wide")
         size = mlp.up.outputs // (2 if mlp.gated else 1)
         self._multiply(which, mlp.up, x, wide, offsets=offsets)
         if layer is not None and mlp.gated:
@@ -435,33 +457,35 @@ class _Input:
         return (*self.codes.ends, *where, 4 * reader.groups, reader.groups, vectors)
 
 
-def _mlp(module: nn.Module, config: ModelConfig, kind: Kind) -> Feedforward | Mixture:
+def _mlp(module: nn.Module, config: ModelConfig, kind: Kind, interleaved: bool) -> Feedforward | Mixture:
     if isinstance(module, MixtureOfExperts):
-        experts = Feedforward(
-            pack(_gate_up(module.gate_up), kind), pack(module.down, kind), ACTIVATIONS.index("silu"), True
-        )
-        shared = None if module.shared is None else _gated(module.shared, kind)
+        experts = _gated(module.gate_up, module.down, kind, interleaved)
+        inner = module.shared
+        shared = None if inner is None else _gated(inner.gate_up.weight[None], inner.down.weight, kind, interleaved)
         steps = module.balance_steps
         bias = None if steps is None else (steps * 1e-3).float().contiguous()
         router = pack(module.router.weight, Kind.FLOAT32)
         return Mixture(router, experts, shared, bias, module.num_experts, module.experts_per_token)
     if isinstance(module, GatedMLP):
-        return _gated(module, kind)
+        return _gated(module.gate_up.weight[None], module.down.weight, kind, interleaved)
     assert isinstance(module, PlainMLP)
     activation = ACTIVATIONS.index(config.layers.activation)
     up, down = module.up, module.down
     return Feedforward(pack(up.weight, kind, up.bias), pack(down.weight, kind, down.bias), activation, False)
 
 
-def _gated(module: GatedMLP, kind: Kind) -> Feedforward:
-    up = pack(_gate_up(module.gate_up.weight[None]), kind)
-    return Feedforward(up, pack(module.down.weight, kind), ACTIVATIONS.index("silu"), True)
+def _gated(gate_up_E2FD: Tensor, down: Tensor, kind: Kind, interleaved: bool) -> Feedforward:
+    up = pack(_gate_up(gate_up_E2FD, interleaved), kind)
+    return Feedforward(up, pack(down, kind), ACTIVATIONS.index("silu"), True, interleaved)
 
 
-def _gate_up(weight_E2FD: Tensor) -> Tensor:
-    """[E, gate | up, D], each half padded so that it begins on a whole panel."""
+def _gate_up(weight_E2FD: Tensor, interleaved: bool) -> Tensor:
+    """[E, gate | up, D], each half padded so that it begins on a whole panel; `interleaved` by halves of panels."""
     rest = -weight_E2FD.shape[2] % PANEL
-    return nn.functional.pad(weight_E2FD.detach(), (0, 0, 0, rest)).flatten(1, 2)
+    padded_E2FD = nn.functional.pad(weight_E2FD.detach(), (0, 0, 0, rest))
+    if interleaved:
+        padded_E2FD = padded_E2FD.unflatten(2, (-1, PANEL // 2)).transpose(1, 2).flatten(2, 3)
+    return padded_E2FD.flatten(1, 2)
 
 
 def _places(model: Decoder) -> Tensor | None:

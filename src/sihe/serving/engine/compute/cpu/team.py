@@ -131,13 +131,13 @@ def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
         first, last = op[8] * part // chunks, op[8] * (part + 1) // chunks
         if op[19] == 0:
             then, then_bytes = _panel_after(op, part + threads, threads)
-            multiply_panels(op, first, last, 0, _rows_of(op, step), then, then_bytes)
+            multiply_panels(op, first, last, 0, _rows_of(op, step), then, then_bytes, scratch)
         else:
             offsets = int32_at(op[20])
             mine = op.copy()
             mine[5] += expert * op[21]
             mine[13] += expert * op[22]
-            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0)
+            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0, scratch)
         return
     if code == 4:
         attend(op, step, chunk // op[3], chunk % op[3], scratch)

@@ -382,6 +382,21 @@ def activation_tile(name: str, gated: bool) -> Any:
     return tile(emit, "i" * 4)
 
 
+def gate_tile() -> Any:
+    """y[row, 0 .. 15] = silu(x[row, 0 .. 15]) x[row, 16 .. 31], of rows of x that lie behind each other.
+
+    Arguments: x, y, its stride, rows.
+    """
+
+    def emit(t: Tile, given: list[Value]) -> None:
+        x, y, y_stride, rows = given
+        with t.loop(rows) as row:
+            gate, up = (t.load(t.at(x, t.b.mul(row, I64(4 * PANEL)), offset), F32X16) for offset in _HALVES)
+            t.store(t.b.fmul(_silu(t, gate), up), t.at(y, t.b.mul(row, y_stride)))
+
+    return tile(emit, "i" * 4)
+
+
 _LOWEST = -3e38
 
 
