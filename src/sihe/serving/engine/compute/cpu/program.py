@@ -484,7 +484,8 @@ def _gate_up(weight_E2FD: Tensor, interleaved: bool) -> Tensor:
     rest = -weight_E2FD.shape[2] % PANEL
     padded_E2FD = nn.functional.pad(weight_E2FD.detach(), (0, 0, 0, rest))
     if interleaved:
-        padded_E2FD = padded_E2FD.unflatten(2, (-1, PANEL // 2)).transpose(1, 2).flatten(2, 3)
+        experts, halves, _, inputs = padded_E2FD.shape
+        padded_E2FD = padded_E2FD.view(experts, halves, -1, PANEL // 2, inputs).transpose(1, 2).flatten(2, 3)
     return padded_E2FD.flatten(1, 2)
 
 
