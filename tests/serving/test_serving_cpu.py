@@ -146,8 +146,10 @@ def test_a_token_has_the_same_bits_in_any_company(name: str, kind: str) -> None:
         ]
         own = Feed(tokens[130:134], 130, np.array(BLOCKS, np.int32), num_logits=4)
         prompt = Feed(some_tokens(33), 0, [34, 35, 36])
-        beside = compute.forward(Step.of([feeds[0], own, *feeds[1:], prompt]))
+        beside = compute.forward(Step.of([feeds[0], own, *feeds[1:], prompt])).clone()
         assert torch.equal(beside[1:5], whole[130:134])
+        # Whose logits are not wanted is left out of the last layer, and changes nothing.
+        assert torch.equal(beside[-1], fed(compute, prompt.tokens, [37, 38, 39])[-1])
     with computing(model, weights, threads=1, pages=pages) as alone:
         assert torch.equal(fed(alone, tokens, BLOCKS), whole)
 

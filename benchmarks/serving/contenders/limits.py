@@ -33,7 +33,7 @@ class Limits:
         return batch / max(read / self.read_bytes_per_s[precision], compute / self.operations_per_s[precision])
 
     def prefill_tok_per_s(self, shape: ModelConfig, precision: str, *, prompt: int) -> float:
-        """Tokens a second at the peak of multiplication; the head is computed for the last token alone."""
+        """Tokens a second at the peak of multiplication: all through all layers, the last one through the head."""
         head = shape.vocab_size * shape.hidden_size
         compute = 2 * (_matrix_weights(shape) - head) + 2 * head / prompt + _attention_operations(shape) * prompt / 2
         return self.operations_per_s[precision] / compute

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sihe.models.config import ModelConfig
 from sihe.models.lora import Adapter, Lora
 from sihe.serving.engine.adapters import ADAPTER
-from sihe.serving.engine.compute.cpu.program import Weights
+from sihe.serving.engine.compute.cpu.layers import Weights
 
 PRODUCTS = ("q_proj", "o_proj", "gate_proj", "down_proj")
 """The products of a block, by the first of the parts that each stands for."""

@@ -15,8 +15,9 @@ from sihe.models.decoder import Decoder
 from sihe.models.lora import Lora
 from sihe.serving.engine.compute.cpu.adapters import AdapterTables
 from sihe.serving.engine.compute.cpu.attention import ATTEND_ROWS, TILE_PAGES
+from sihe.serving.engine.compute.cpu.layers import Weights
 from sihe.serving.engine.compute.cpu.layout import lay_out
-from sihe.serving.engine.compute.cpu.program import Program, Weights
+from sihe.serving.engine.compute.cpu.program import Program
 from sihe.serving.engine.compute.cpu.support import WeightKind
 from sihe.serving.engine.compute.cpu.team import Team, cores, keep_torch_to_one_thread
 from sihe.serving.engine.compute.cpu.weights import KINDS
