@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from sklearn.linear_model import LinearRegression
 
+from sihe.serving.engine.encoder.engine import EncoderEngine
 from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import ReplicaLost
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.predictive.predictor import Predictor
+from sihe.serving.predictive.registration import register, save_sklearn
 from sihe.serving.protocol import error_body
+from support.tiny_encoders import tiny_reranker
 
 HEADER = "x-sihe-timeout-ms"
 BODY = {"model": "tiny", "prompt": "the lazy dog", "max_tokens": 60, "temperature": 0}
@@ -81,11 +89,13 @@ def test_a_stream_ends_with_an_event_that_says_so_and_its_blocks_are_free(
     until_free(engine)
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1e3", "nan", "", "ten", "99999999999", "86400001", "１０"])
-def test_a_limit_that_is_none_is_refused_by_name(server_url: str, gateway: Gateway, given: str) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/rerank", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize("given", ["0", "-1", "1e3", "nan", "", "ten", "99999999999", "86400001", "１０", "0.0", "1."])
+def test_a_limit_that_is_none_is_refused_by_name(server_url: str, gateway: Gateway, given: str, path: str) -> None:
     headers = [(HEADER.encode(), given.encode())]
-    answer = httpx.post(f"{server_url}/v1/completions", json=BODY, headers=headers, timeout=30)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, HEADER)
+    answer = httpx.post(f"{server_url}{path}", json=BODY, headers=headers, timeout=30)
+    assert answer.status_code == 400
+    assert HEADER in (answer.json()["error"] if "/v2/" in path else answer.json()["error"]["param"])
 
 
 def test_a_limit_that_is_kept_changes_nothing(server_url: str, gateway: Gateway) -> None:
@@ -101,6 +111,80 @@ def test_an_arm_is_not_to_blame_for_a_limit_that_no_arm_can_keep(gateway: Gatewa
         stream.result(30)
     after = gateway.traffic.experiment("tiny").arms[0]
     assert (after.left, after.errors, after.requests) == (before.left + 1, before.errors, before.requests)
+
+
+# ---- models that do not generate -------------------------------------------------------------------------------------
+
+ASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "/v1/embeddings": ("embed", {"model": "embed", "input": ["the lazy dog", "a fox"]}),
+    "/v1/rerank": ("rerank", {"model": "rerank", "query": "dog", "documents": ["the lazy dog", "a fox"]}),
+    "/v2/models/line/infer": (
+        "line",
+        {"inputs": [{"name": "input", "shape": [1, 1], "datatype": "FP64", "data": [3.0]}]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def registered(house: Any, embedder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An embedder, a reranker and a predictive model in the registry."""
+    tracking, folder = house.workspace.tracking, tmp_path_factory.mktemp("others")
+    tracking.register_model("vectors", embedder_folder)
+    tracking.register_model("scores", tiny_reranker(folder / "reranker"))
+    rows = np.arange(6.0)[:, None]
+    save_sklearn(LinearRegression().fit(rows, rows), folder / "line", example=rows[:2])
+    register(tracking, "line", folder / "line")
+
+
+@pytest.fixture
+def served(registered: None, gateway: Gateway) -> Gateway:
+    for name, target in (("embed", "vectors"), ("rerank", "scores"), ("line", "line")):
+        gateway.deploy(name, target)
+        gateway.wait_ready(name, timeout_s=60)
+    return gateway
+
+
+def fate(gateway: Gateway, name: str) -> tuple[int, int, int]:
+    (arm,) = gateway.traffic.experiment(name).arms
+    return arm.requests, arm.errors, arm.left
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank"])
+def test_texts_whose_time_has_passed_leave_the_queue(
+    served: Gateway, server_url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    name, body = ASKS[path]
+    (replica,) = served.route(name).replicas()
+    encoder = replica.held()
+    assert isinstance(encoder, EncoderEngine)
+    monkeypatch.setattr(encoder, "_step", lambda: None)
+    answer = httpx.post(f"{server_url}{path}", json=body, headers={HEADER: "80"}, timeout=30)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], answer.headers["x-should-retry"]) == (504, "timeout", "false")
+    assert "the whole answer was not there within 0.08 s" in error["message"]
+    for _ in range(3000):
+        if encoder.num_sequences == 0:
+            break
+        threading.Event().wait(0.01)
+    assert (encoder.num_sequences, len(encoder._queue)) == (0, 0)
+    assert fate(served, name) == (0, 0, 1)
+    monkeypatch.undo()
+    assert httpx.post(f"{server_url}{path}", json=body, headers={HEADER: "60000"}, timeout=30).status_code == 200
+    assert replica.in_flight == 0
+
+
+@pytest.mark.parametrize("path", list(ASKS))
+def test_a_request_that_comes_too_late_is_not_begun(
+    served: Gateway, server_url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    name, body = ASKS[path]
+    begun: list[str] = []
+    for kind in (EncoderEngine, Predictor):
+        monkeypatch.setattr(kind, "submit", lambda self, *_, **__: begun.append(self.name))
+    answer = httpx.post(f"{server_url}{path}", json=body, headers={HEADER: "0.001"}, timeout=30)
+    assert (answer.status_code, begun) == (504, [])
+    assert "was not there within" in answer.text
+    assert fate(served, name) == (0, 0, 1), "no arm is to blame"
 
 
 # ---- a replica that is lost ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,13 @@ def desk() -> Iterator[Dispatcher]:
     made = dispatcher(ReplicaConfig(wait_s=60))
     yield made
     made.close()
+
+
+def test_who_has_less_time_than_there_is_to_wait_waits_no_longer(desk: Dispatcher) -> None:
+    for until_s in (0.0, time.monotonic() + 0.02):
+        with pytest.raises(NotReady, match="on their way"):
+            desk.obtain(until_s=until_s)
+    assert desk.num_waiting == 0
 
 
 def dispatcher(config: ReplicaConfig) -> Dispatcher:

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
 from sihe.core.errors import NotFound, SiheError
+from sihe.serving.deadlines import Deadline
 from sihe.serving.errors import EngineClosed, NotReady
 from sihe.serving.predictive.api import error_response, router
 from sihe.serving.predictive.config import PredictiveConfig
@@ -88,6 +89,7 @@ class Straight:
 
     held: Held
     arm: str = "stable"
+    deadline: Deadline | None = None
     has_own_limit: bool = False
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
@@ -412,7 +414,7 @@ def test_deadlines_full_queues_and_their_headers(house: House, gate: Gate) -> No
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(ask)
         assert gate.entered.acquire(timeout=30)
-        late = ask("0.001")  # answered while the model is busy
+        late = ask("50")  # answered while the model is busy
         assert (late.status_code, list(late.json())) == (504, ["error"])
         assert "deadline" in late.json()["error"]
         waiting = [pool.submit(ask) for _ in range(4)]

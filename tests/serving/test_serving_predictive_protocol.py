@@ -62,13 +62,15 @@ def test_outputs_follow_the_requests_default_and_their_own_word() -> None:
     assert parsed.forms == {"name": OutputForm(binary=True), "p": OutputForm(classes=2)}
 
 
-def test_the_timeout_may_come_in_a_header() -> None:
-    assert parse_request(body(), None, MODEL, timeout_ms="250").request.timeout_s == 0.25
-    assert parse_request(body(parameters={"timeout": 1000}), None, MODEL, timeout_ms="250").request.timeout_s == 0.001
-    assert parse_request(body(parameters={"timeout": 0}), None, MODEL).request.timeout_s is None
-    for bad in ("soon", "-1", "nan", "0"):
-        with pytest.raises(InvalidInput):
-            parse_request(body(), None, MODEL, timeout_ms=bad)
+@pytest.mark.parametrize(
+    ("timeout_us", "left_s", "holds_s"),
+    [(None, 0.25, 0.25), (1000, 0.25, 0.001), (500_000, 0.25, 0.25), (0, 0.25, 0.25), (0, None, None), (9, None, 9e-6)],
+)
+def test_of_two_limits_the_shorter_one_holds(
+    timeout_us: int | None, left_s: float | None, holds_s: float | None
+) -> None:
+    given = body(parameters={"timeout": timeout_us})
+    assert parse_request(given, None, MODEL, left_s=left_s).request.timeout_s == holds_s
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 from sihe.core.clock import FakeClock
 from sihe.core.errors import Busy, InvalidInput, TimedOut
 from sihe.core.tracking import ModelVersion
+from sihe.serving.deadlines import Deadline
 from sihe.serving.engine.config import EngineConfig
-from sihe.serving.errors import EngineClosed, Expired, NotReady, QueueFull
+from sihe.serving.errors import DeadlineExceeded, EngineClosed, Expired, NotReady, QueueFull
 from sihe.serving.gateway.replicas.config import LocalBackend
 from sihe.serving.gateway.replicas.lease import Lease
 from sihe.serving.gateway.replicas.replica import Replica
@@ -56,10 +57,19 @@ class Way:
     replicas: list[Replica]
     clock: FakeClock
     lost: list[int] = field(default_factory=list)
+    waits_until_s: list[float | None] = field(default_factory=list)
     max_attempts: int = 3
     is_ready: bool = True
 
-    def lease(self, *, weight: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Lease:
+    def lease(
+        self,
+        *,
+        weight: float = 1.0,
+        avoid: frozenset[int] = frozenset(),
+        block: bool = True,
+        until_s: float | None = None,
+    ) -> Lease:
+        self.waits_until_s.append(until_s)
         for one in self.replicas:
             if one.id not in avoid:
                 return Lease(one, weight, self.clock, lambda lost, _: self.lost.append(lost.id))
@@ -158,6 +168,29 @@ def test_an_arm_that_lost_a_replica_and_then_refused_is_charged_only_where_the_s
     assert (turn.arm, house.counts()) == (STABLE, {STABLE: (0, 0, 0), "b": (1, 1, 0)})
     assert house.rerouted == ["b", "b"]
     assert house.is_free()
+
+
+def test_a_request_waits_for_no_replica_beyond_its_own_limit_which_no_arm_is_to_blame_for(house: House) -> None:
+    house.stable.replicas.clear()
+    turn = house.turn(STABLE)
+    turn.deadline = Deadline(0.5, at_s=0.0)  # long ago
+    with pytest.raises(NotReady):
+        turn.start(in_turn(None), block=False)
+    with pytest.raises(DeadlineExceeded, match=r"the whole answer was not there within 0\.5 s") as caught:
+        turn.start(in_turn(None))
+    assert caught.value.is_own
+    assert house.stable.waits_until_s == [0.0, 0.0]
+    assert house.counts()[STABLE] == (0, 0, 1)
+    assert house.is_free()
+
+
+def test_a_limit_that_has_not_passed_leaves_the_reason_why_there_is_no_replica(house: House) -> None:
+    house.stable.replicas.clear()
+    turn = house.turn(STABLE)
+    turn.deadline = Deadline(0.5, at_s=float("inf"))
+    with pytest.raises(NotReady, match="no other one"):
+        turn.start(in_turn(None))
+    assert house.counts()[STABLE] == (0, 0, 0)
 
 
 def test_a_turn_ends_once(house: House) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sihe.serving.errors import DeadlineExceeded, InvalidRequest
-from sihe.serving.predictive.protocol import TIMEOUT_HEADER
 
+TIMEOUT_HEADER = "x-sihe-timeout-ms"
 MAX_TIMEOUT_MS = 24 * 3600 * 1000
-_WHOLE = re.compile(r"[0-9]{1,9}")
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,21 @@ class Deadline:
     limit_s: float
     at_s: float
 
-    def left_s(self) -> float:
-        """What is left of the time. Raises `DeadlineExceeded` where nothing is."""
+    @property
+    def has_passed(self) -> bool:
+        """Whether nothing is left of the time."""
+        return time.monotonic() >= self.at_s
+
+    def left_s(self, *, is_whole: bool = False) -> float:
+        """What is left of the time. Raises `DeadlineExceeded` where nothing is; `is_whole` for what does not stream."""
         left_s = self.at_s - time.monotonic()
         if left_s <= 0:
-            raise DeadlineExceeded(self.limit_s, begun=False, is_own=True)
+            raise self.exceeded(is_whole=is_whole)
         return left_s
+
+    def exceeded(self, *, is_whole: bool = False) -> DeadlineExceeded:
+        """That nothing is left of the time."""
+        return DeadlineExceeded(self.limit_s, begun=is_whole, is_own=True)
 
 
 def deadline_of(headers: Mapping[str, str]) -> Deadline | None:
@@ -39,10 +48,10 @@ def deadline_of(headers: Mapping[str, str]) -> Deadline | None:
     if given is None:
         return None
     text = given.strip()
-    if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= MAX_TIMEOUT_MS:
+    if not _NUMBER.fullmatch(text) or not 0 < float(text) <= MAX_TIMEOUT_MS:
         raise InvalidRequest(
             TIMEOUT_HEADER,
-            f"{TIMEOUT_HEADER} is a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}, got {given!r:.50}",
+            f"{TIMEOUT_HEADER} is a number of milliseconds above 0, up to {MAX_TIMEOUT_MS}, got {given!r:.50}",
         )
-    limit_s = int(text) / 1000
+    limit_s = float(text) / 1000
     return Deadline(limit_s, time.monotonic() + limit_s)

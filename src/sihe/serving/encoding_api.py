@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request, Response
 
 from sihe.core.ids import new_id
 from sihe.serving.bodies import request_id
+from sihe.serving.deadlines import Deadline, deadline_of
 from sihe.serving.disconnect import CLIENT_GONE, unless_gone
 from sihe.serving.encoding_protocol import EmbeddingsBody, RerankBody
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded, RerankRequest
@@ -43,14 +45,17 @@ def add_encoding(routes: APIRouter, gateway: Gateway, read_body: ReadBody) -> No
     @routes.post("/v1/embeddings", tags=["openai"], openapi_extra=_schema(EmbeddingsBody))
     async def create_embeddings(request: Request) -> Response:
         """Turns texts into vectors."""
+        deadline = deadline_of(request.headers)
         body = parse(EmbeddingsBody, await read_body(request))
-        return await _answered(request, gateway, threads, body, body.answer)
+        return await _answered(request, gateway, threads, body, body.answer, deadline)
 
     @routes.post("/v1/rerank", tags=["rerank"], openapi_extra=_schema(RerankBody))
     async def rerank(request: Request) -> Response:
         """Scores documents against a query, the best first."""
+        deadline = deadline_of(request.headers)
         body = parse(RerankBody, await read_body(request))
-        return await _answered(request, gateway, threads, body, lambda encoded: body.answer(new_id("rerank"), encoded))
+        write = partial(body.answer, new_id("rerank"))
+        return await _answered(request, gateway, threads, body, write, deadline)
 
 
 async def _answered(
@@ -59,6 +64,7 @@ async def _answered(
     threads: ThreadPoolExecutor,
     body: EmbeddingsBody | RerankBody,
     write: Callable[[Encoded], bytes],
+    deadline: Deadline | None,
 ) -> Response:
     cost = _tokens(body.to_request(""))
     admission = await admit(request, body.model, prompt_tokens=cost)
@@ -68,6 +74,7 @@ async def _answered(
         tenant = admission.caller.tenant.name
         id, session = request_id(request), body.user or request.headers.get(SESSION_HEADER)
         turn = gateway.turn(body.model, request_id=id, session=session, tenant=tenant, weight=float(cost))
+        turn.deadline = deadline
         encoded = await _encoded(request, threads, turn, body.model, body.to_request(tenant))
         tally, outcome = Tally(requests=1, prompt_tokens=encoded.num_tokens), "completed"
         content = await asyncio.get_running_loop().run_in_executor(threads, write, encoded)
@@ -87,10 +94,13 @@ async def _encoded(
     name: str,
     wanted: EmbeddingRequest | RerankRequest,
 ) -> Encoded:
-    """What the deployment makes of a request. Raises `StreamClosed` when the client has gone."""
+    """What the deployment makes of a request. Raises `StreamClosed` when the client has gone, and `DeadlineExceeded`:
+    then what has not been computed is not any more."""
     capability = "rerank" if isinstance(wanted, RerankRequest) else "embeddings"
 
     def begin(served: object) -> EncodeJob:
+        if turn.deadline is not None:
+            turn.deadline.left_s(is_whole=True)
         has = getattr(served, "capability", "generation")
         if has != capability:
             raise WrongCapability(name, wanted=capability, has=has)
@@ -101,7 +111,7 @@ async def _encoded(
             job = await asyncio.get_running_loop().run_in_executor(threads, turn.start, begin)
             with job:
                 try:
-                    encoded = await unless_gone(request.receive, asyncio.ensure_future(job.result_async()))
+                    encoded = await _in_time(request, job, turn.deadline)
                 except StreamClosed:
                     raise
                 except Exception as error:
@@ -112,6 +122,18 @@ async def _encoded(
             return encoded
     finally:
         turn.left()
+
+
+async def _in_time(request: Request, job: EncodeJob, deadline: Deadline | None) -> Encoded:
+    """The answer to come. Raises the job's error, `StreamClosed` when the client has gone, and `DeadlineExceeded`."""
+    limit = asyncio.timeout(None if deadline is None else deadline.left_s(is_whole=True))
+    try:
+        async with limit:
+            return await unless_gone(request.receive, asyncio.ensure_future(job.result_async()))
+    except TimeoutError:
+        if deadline is not None and limit.expired():
+            raise deadline.exceeded(is_whole=True) from None
+        raise
 
 
 def _tokens(request: EmbeddingRequest | RerankRequest) -> int:

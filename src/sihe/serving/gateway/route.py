@@ -158,12 +158,20 @@ class Route:
                 lease.end()
                 return result
 
-    def lease(self, *, weight: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Lease:
+    def lease(
+        self,
+        *,
+        weight: float = 1.0,
+        avoid: frozenset[int] = frozenset(),
+        block: bool = True,
+        until_s: float | None = None,
+    ) -> Lease:
         """A replica, other than those to `avoid`, for a request that ends the lease when it has ended.
 
-        With `block` the thread waits for one that is on its way. Raises `NotReady`.
+        With `block` the thread waits for one that is on its way, at most until `until_s` on the system's monotonic
+        clock. Raises `NotReady`.
         """
-        replica = self._requests.obtain(work=weight, avoid=avoid, block=block)
+        replica = self._requests.obtain(work=weight, avoid=avoid, block=block, until_s=until_s)
         return Lease(replica, weight, self._clock, self._note_lost)
 
     @property

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from sihe.core.clock import Clock
 from sihe.core.errors import Busy, TimedOut, UserError
 from sihe.core.telemetry import logger
+from sihe.serving.deadlines import Deadline
 from sihe.serving.errors import NotReady
 from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.lease import Lease
@@ -62,9 +63,10 @@ class Arms(Protocol):
 class Turn:
     """One request. Not thread-safe: whoever hands it to another thread touches it no more until that is done.
 
-    `arm` is where it is now; `has_own_limit` says that its caller has set the time that it has. After `start` exactly
-    one of `finished`, `failed` and `left` is called, and `start` again where `failed` says so; `left` may be called at
-    any time, also when it is over, and does nothing then.
+    `arm` is where it is now. Its caller may set the time that it has: a `deadline`, beyond which it waits for no
+    replica, and `has_own_limit` where that time stands in the request. After `start` exactly one of `finished`,
+    `failed` and `left` is called, and `start` again where `failed` says so; `left` may be called at any time, also when
+    it is over, and does nothing then.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Turn:
         clock: Clock,
     ) -> None:
         self.arm = arm
+        self.deadline: Deadline | None = None
         self.has_own_limit = False
         self._arms = arms
         self._experiment = experiment
@@ -101,8 +104,8 @@ class Turn:
         """What `work` gives for what a replica of the arm holds; on the stable arm where this one cannot.
 
         It may be done again, on another replica, and must be safe to repeat. With `block` the thread waits for a
-        replica that is on its way. Raises `NotReady`, and what is wrong with the request; then it is over, unless it
-        was `NotReady` without `block`.
+        replica that is on its way. Raises `NotReady`, `DeadlineExceeded`, and what is wrong with the request; then it
+        is over, unless it was `NotReady` without `block`.
         """
         self._begin()
         while True:
@@ -111,9 +114,13 @@ class Turn:
             except NotReady as error:
                 if self._goes_on_after(error):
                     continue
-                if block:
-                    self._end("failed", error)
-                raise
+                if not block:
+                    raise
+                told: Exception = error
+                if self.deadline is not None and self.deadline.has_passed:
+                    told = self.deadline.exceeded(is_whole=True)
+                self._end("failed", told)
+                raise told from None
             try:
                 return work(lease.held())
             except BaseException as error:
@@ -163,7 +170,10 @@ class Turn:
             try:
                 # Who is dealt another arm does not wait for it: the stable one is there.
                 lease = route.lease(
-                    weight=self._weight, avoid=frozenset(self._tried), block=block and self.arm == STABLE
+                    weight=self._weight,
+                    avoid=frozenset(self._tried),
+                    block=block and self.arm == STABLE,
+                    until_s=None if self.deadline is None else self.deadline.at_s,
                 )
             except NotReady:
                 if self.arm == STABLE and route is not self._arms.stable:
@@ -201,7 +211,7 @@ class Turn:
             self._note(arm, self._outcome("failed", refusal, refused_s), counts=self._counts)
         if error is not None:
             error = self._first_cause(error)
-        if isinstance(error, TimedOut) and self.has_own_limit:
+        if isinstance(error, TimedOut) and (self.has_own_limit or self.deadline is not None):
             ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
         if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
             self._note(self.arm, self._outcome(ending, error, spent_s), counts=self._counts and not self._was_moved)

@@ -23,6 +23,7 @@ from sihe.core.errors import InvalidInput, NotFound, SiheError, TransientError
 from sihe.core.http import status_of
 from sihe.core.telemetry import logger
 from sihe.serving.bodies import read_body, request_id
+from sihe.serving.deadlines import Deadline, deadline_of
 from sihe.serving.disconnect import CLIENT_GONE, unless_gone
 from sihe.serving.errors import NotReady, StreamClosed
 from sihe.serving.predictive.bodies import MAX_BODY_BYTES, compressed, decompressed
@@ -31,7 +32,6 @@ from sihe.serving.predictive.predictor import Predictor
 from sihe.serving.predictive.protocol import (
     EXTENSIONS,
     HEADER_LENGTH,
-    TIMEOUT_HEADER,
     ParsedRequest,
     build_answer,
     parse_request,
@@ -66,6 +66,7 @@ class Turning(Protocol):
     """One request on its way through the arms and replicas of a deployment (the gateway's `Turn`)."""
 
     arm: str
+    deadline: Deadline | None
     has_own_limit: bool
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
@@ -239,13 +240,14 @@ def _predictor(served: Any, name: str, version: str | None) -> Predictor:
 
 async def _admitted(request: Request, models: Models, admit: Admit | None, name: str, version: str | None) -> Response:
     """One inference under its caller's limits: it counts as a request, and costs no tokens."""
+    deadline = deadline_of(request.headers)
     if admit is None:
-        return await _infer(request, models, name, version, "")
+        return await _infer(request, models, name, version, "", deadline)
     admission = await admit(request, name)
     tally = Tally(requests=1, failed=1)
     outcome: Outcome = "failed"
     try:
-        response = await _infer(request, models, name, version, admission.caller.tenant.name)
+        response = await _infer(request, models, name, version, admission.caller.tenant.name, deadline)
         outcome = "aborted" if response.status_code == CLIENT_GONE else "completed"
         tally = Tally(requests=1)
         response.headers.update(admission.headers)
@@ -254,7 +256,9 @@ async def _admitted(request: Request, models: Models, admit: Admit | None, name:
         admission.finish(tally, outcome)
 
 
-async def _infer(request: Request, models: Models, name: str, version: str | None, tenant: str) -> Response:
+async def _infer(
+    request: Request, models: Models, name: str, version: str | None, tenant: str, deadline: Deadline | None
+) -> Response:
     body = await read_body(request, max_bytes=MAX_BODY_BYTES)
     headers = request.headers
     encoding = headers.get("content-encoding", "")
@@ -263,6 +267,7 @@ async def _infer(request: Request, models: Models, name: str, version: str | Non
     named = request_id(request)
     session = headers.get(SESSION_HEADER)
     turn = models.turn(name, request_id=named, session=session, tenant=tenant, version=wanted)
+    turn.deadline = deadline
 
     def begin(served: Any) -> _Begun:
         predictor = _predictor(served, name, version)
@@ -270,7 +275,7 @@ async def _infer(request: Request, models: Models, name: str, version: str | Non
             decompressed(body, encoding),
             headers.get(HEADER_LENGTH),
             predictor.description,
-            timeout_ms=headers.get(TIMEOUT_HEADER),
+            left_s=None if deadline is None else deadline.left_s(is_whole=True),
         )
         turn.has_own_limit = parsed.request.timeout_s is not None
         return _Begun(predictor, parsed, predictor.submit(parsed.request))

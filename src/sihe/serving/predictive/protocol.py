@@ -23,7 +23,6 @@ from sihe.serving.predictive.types import Array, InferenceRequest, ModelDescript
 
 EXTENSIONS = ("binary_tensor_data", "classification", "parameters", "schedule_policy", "model_repository(index)")
 HEADER_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT_HEADER = "x-sihe-timeout-ms"
 _DIGITS = re.compile(r"[0-9]{1,18}")  # Python refuses to read numbers of thousands of digits
 _UNSUPPORTED = ("sequence_id", "shared_memory_region")
 
@@ -46,9 +45,10 @@ class ParsedRequest:
 
 
 def parse_request(
-    body: bytes, header_length: str | None, description: ModelDescription, *, timeout_ms: str | None = None
+    body: bytes, header_length: str | None, description: ModelDescription, *, left_s: float | None = None
 ) -> ParsedRequest:
-    """The request in a body. `header_length` is what its header says of the JSON's size, where bytes follow it.
+    """The request in a body. `header_length` is what its header says of the JSON's size, where bytes follow it, and
+    `left_s` what is left of the time that its client gives it beside the body; the shorter time holds.
 
     Raises `InvalidInput` that names what is wrong.
     """
@@ -63,7 +63,7 @@ def parse_request(
     request = InferenceRequest(
         inputs=inputs,
         outputs=tuple(forms),
-        timeout_s=_timeout_s(parameters, timeout_ms),
+        timeout_s=_timeout_s(parameters, left_s),
         priority=parameters.get("priority", 0),
     )
     return ParsedRequest(request, id, forms)
@@ -221,19 +221,14 @@ def _flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> bo
     return value
 
 
-def _timeout_s(parameters: Mapping[str, Any], header_ms: str | None) -> float | None:
-    """Triton's parameter is in microseconds; the header, for clients that cannot set parameters, in milliseconds."""
+def _timeout_s(parameters: Mapping[str, Any], left_s: float | None) -> float | None:
+    """Triton's parameter is in microseconds, counts from here on, and is none where it is 0."""
     timeout_us = parameters.get("timeout")
-    if timeout_us is not None:
-        if isinstance(timeout_us, bool) or not isinstance(timeout_us, int | float) or timeout_us < 0:
-            raise InvalidInput(f"timeout is a number of microseconds, got {timeout_us!r:.100}")
-        return timeout_us / 1e6 or None  # 0 is Triton's word for none
-    if header_ms is None:
-        return None
-    try:
-        return float(header_ms) / 1000
-    except ValueError:
-        raise InvalidInput(f"{TIMEOUT_HEADER} is a number of milliseconds, got {header_ms!r:.100}") from None
+    timeout_us = 0 if timeout_us is None else timeout_us
+    if isinstance(timeout_us, bool) or not isinstance(timeout_us, int | float) or timeout_us < 0:
+        raise InvalidInput(f"timeout is a number of microseconds, got {timeout_us!r:.100}")
+    limits_s = [timeout_us / 1e6] if timeout_us else []
+    return min([*limits_s, *([] if left_s is None else [left_s])], default=None)
 
 
 # ---- classification ------------------------------------------------------------------------------------------------

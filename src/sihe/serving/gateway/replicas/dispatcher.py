@@ -140,14 +140,23 @@ class Dispatcher:
             raise self._why_none() or NotReady(self._name, "its replicas are on their way")
         return there[chosen]
 
-    def obtain(self, *, work: float = 1.0, avoid: frozenset[int] = frozenset(), block: bool = True) -> Replica:
-        """The same; where none is there and one is on its way, the thread waits for it, for at most `wait_s`.
+    def obtain(
+        self,
+        *,
+        work: float = 1.0,
+        avoid: frozenset[int] = frozenset(),
+        block: bool = True,
+        until_s: float | None = None,
+    ) -> Replica:
+        """The same; where none is there and one is on its way, the thread waits for it, for at most `wait_s`, and not
+        beyond `until_s` on the system's monotonic clock.
 
         Raises `NotReady` when none comes, where it must not `block`, and where sixteen threads wait already, or
         twenty-four for all deployments of this process.
         """
         self._last_request_s = self._clock.monotonic_s()
-        until_s = time.monotonic() + self._config.wait_s
+        own_s = float("inf") if until_s is None else until_s
+        until_s = min(time.monotonic() + self._config.wait_s, own_s)
         while True:
             seen = self._openings
             try:
