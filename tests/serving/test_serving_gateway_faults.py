@@ -59,6 +59,17 @@ def test_records_that_fail_for_one_deployment_leave_the_others_followed(
     own.wait_ready("a-bad-one", timeout_s=30)
 
 
+def test_feedback_is_taken_for_what_was_answered_before_the_watcher_has_seen_the_version(own: Gateway) -> None:
+    own.start()
+    own.deploy("good", "tiny@1", settings=SETTINGS)
+    own.wait_ready("good", timeout_s=30)
+    own.generate("good", ASK, Sender("early")).result(30)
+    own.notify()
+    assert own.traffic.feedback("good", "early", {"helpful": 1.0}) == "stable"
+    (arm,) = own.traffic.experiment("good").arms
+    assert (arm.version, arm.requests) == (1, 1)
+
+
 def test_measurements_that_cannot_be_stored_hold_up_no_change_of_arms(
     own: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -149,6 +149,52 @@ def test_what_clients_can_make_grow_is_bounded() -> None:
         period.begin(f"more-{number}", "b", "key")
     with pytest.raises(NotFound):
         period.feedback("req-0", {"late": 1.0})
+
+
+def test_a_version_that_becomes_known_is_what_has_answered_until_then() -> None:
+    period = Experiment("chat", 1, Split({"stable": 1.0}, {"stable": None}), NOW)
+    ask(period, 1, arm="stable")
+    later = NOW + timedelta(seconds=5)
+    known = Split({"stable": 1.0}, {"stable": 4})
+    assert period.followed_by(known, later) is period
+    assert period.feedback("req-1", {"helpful": 1.0}) == "stable"
+    (arm,) = period.report().arms
+    assert (arm.version, arm.requests, period.started_at) == (4, 1, later)
+    assert period.changes == 3, "it is to be stored again"
+    assert period.followed_by(Split({"stable": 1.0}, {"stable": 5}), later).period == 2
+
+
+def test_an_arm_that_joins_others_begins_a_period_with_them_and_its_answers_may_still_be_judged() -> None:
+    period = Experiment("chat", 1, Split(SPLIT.weights, {"stable": 1, "b": None}), NOW)
+    ask(period, 1, arm="b")
+    assert period.followed_by(SPLIT, NOW) is period, "nobody was measured without it"
+    period = Experiment("chat", 1, Split(SPLIT.weights, {"stable": 1, "b": None}), NOW)
+    ask(period, 1, arm="stable")
+    ask(period, 2, arm="b")
+    following = period.followed_by(SPLIT, NOW)
+    assert (following.period, following.split) == (2, SPLIT)
+    assert {arm.arm: arm.requests for arm in following.report().arms} == {"stable": 0, "b": 0}
+    assert following.feedback("req-2", {"helpful": 1.0}) == "b"
+    with pytest.raises(NotFound):
+        following.feedback("req-1", {"helpful": 1.0})
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        Split({"stable": 0.4, "b": 0.6}, SPLIT.versions),
+        Split(SPLIT.weights, {"stable": 1, "b": 3}),
+        Split({"stable": 1.0}, {"stable": 1}),
+        Split({"stable": 0.5, "c": 0.5}, {"stable": 1, "c": None}),
+    ],
+)
+def test_weights_and_versions_that_change_begin_a_period_also_where_nothing_was_measured(split: Split) -> None:
+    period = experiment()
+    period.begin("req-1", "b", "key")
+    following = period.followed_by(split, NOW)
+    assert (following.period, following.split) == (2, split)
+    with pytest.raises(NotFound):
+        following.feedback("req-1", {"helpful": 1.0})
 
 
 def test_a_period_goes_on_after_a_restart() -> None:

@@ -380,7 +380,8 @@ class LiveDeployment:
             del self._unready_since_s[arm]
 
     def _renew_experiment(self, wants: Mapping[str, Deployment]) -> None:
-        """Begins a new period when weights or versions have changed. A version that is not there now is not changed."""
+        """Begins a new period when weights or versions have changed. A version that is not there now is not changed,
+        and one that becomes known need not begin one (`Experiment.followed_by`)."""
         weights = {arm: weight for arm, weight in self._deployment.traffic.weights.items() if arm in wants}
         weights[STABLE] = 1 - math.fsum(weight for arm, weight in weights.items() if arm != STABLE)
         former = self._experiment.split.versions
@@ -388,12 +389,13 @@ class LiveDeployment:
         split = Split({arm: round(weight, 12) for arm, weight in weights.items()}, versions)
         if split == self._experiment.split:
             return
-        if self._experiment.changes:
+        following = self._experiment.followed_by(split, self._clock.now())
+        if following is not self._experiment and self._experiment.changes:
             try:
                 self.save()
             except Exception as error:  # noqa: BLE001 - what is lost is a measurement; the routes must not wait for it
                 self._log.warning("measurements_not_saved", period=self._experiment.period, error=repr(error))
-        self._experiment = Experiment(self.name, self._experiment.period + 1, split, self._clock.now())
+        self._experiment = following
 
     # ---- what is ----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,11 @@ class ArmStats:
         self.times: dict[str, Histogram] = {name: Histogram() for name in _TIMES}
 
     @property
+    def is_measured(self) -> bool:
+        """Whether a request of it has ended."""
+        return self.requests > 0 or self.left > 0
+
+    @property
     def errors(self) -> int:
         """Requests that the arm failed to answer."""
         return round(self.metrics[ERROR].total)

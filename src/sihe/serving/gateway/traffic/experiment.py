@@ -2,7 +2,8 @@
 
 When any of the three changes a new period begins: to add up requests from before and after a change of weights would
 mix the hours of the day into the difference between arms (Kohavi, Tang and Xu, "Trustworthy Online Controlled
-Experiments", Cambridge 2020, chapter 3, on Simpson's paradox in ramp-ups).
+Experiments", Cambridge 2020, chapter 3, on Simpson's paradox in ramp-ups). An arm whose first version becomes known
+begins one only where others were measured without it: what it has answered until then came from that version.
 """
 
 from __future__ import annotations
@@ -109,6 +110,26 @@ class Experiment:
         self._recent: OrderedDict[str, _Ended] = OrderedDict()
         self._least: dict[str, float] = {}  # the smallest p seen of each comparison: what makes it valid always
         self.changes = 0  # grows with every record: whoever stores the statistics sees whether there is news
+
+    def followed_by(self, split: Split, now: datetime) -> Experiment:
+        """The period that `split` belongs to from `now` on: this one where it changes nothing but that versions become
+        known and no other arm was measured yet, else the next one.
+
+        Whose arm's version becomes known with the next one may still give feedback on what that arm has answered.
+        """
+        with self._lock:
+            former = self.split
+            new = {arm for arm in split.weights if former.versions.get(arm) is None}
+            known = {arm: version for arm, version in split.versions.items() if arm not in new}
+            is_same = split.weights == former.weights and all(former.versions[arm] == known[arm] for arm in known)
+            if is_same and not any(self._arms[arm].is_measured for arm in known):
+                self.split, self.started_at = split, now
+                self.changes += 1
+                return self
+            following = Experiment(self.deployment, self.period + 1, split, now)
+            kept = new if is_same else set()
+            following._recent.update((id, ended) for id, ended in self._recent.items() if ended.arm in kept)
+            return following
 
     def begin(self, request_id: str, arm: str, key: str) -> int:
         """Notes that a request goes to its arm, so that feedback may come for it; the cluster that its values go by."""
