@@ -228,6 +228,61 @@ def test_a_damaged_data_file(damaged: LakeTable, damage: str) -> None:
         damaged.read()
 
 
+def test_what_is_removed_is_gone_from_the_disk_after_the_purge(lake: Lake) -> None:
+    table = lake.table("documents")
+    for number in range(4):
+        table.append(rows(number))
+    folder = Path(table.url)
+    assert table.remove("number < 2") == 4
+    assert numbers(table) == [2, 3]
+    assert numbers(table, 3) == [0, 1, 2, 3]
+    assert table.purge() == 0, "who reads an older version at this moment is not disturbed"
+    assert table.purge(older_than_h=0) == 2
+    assert len(list(folder.glob("*.parquet"))) == 2
+    assert numbers(table) == [2, 3]
+    with pytest.raises(CorruptData):
+        table.read(3)
+    version = table.version
+    assert table.remove("number < 2") is None
+    assert table.purge(older_than_h=0) == 0
+    assert table.version == version, "nothing to do is no version"
+    table.append(rows(7))
+    assert numbers(table) == [2, 3, 7]
+
+
+def test_rows_are_removed_from_files_that_keep_others(lake: Lake) -> None:
+    table = lake.table("documents")
+    table.append(rows(1, 2, 3))
+    table.remove("text = 'line 2'")
+    assert numbers(table) == [1, 3]
+    with pytest.raises(InvalidInput, match="predicate"):
+        table.remove("number =")
+
+
+def test_what_a_killed_writer_left_is_purged_and_what_one_writes_now_is_not(lake: Lake) -> None:
+    table = lake.table("documents")
+    table.append(rows(1))
+    now, old = (Path(table.url) / f"{name}.parquet" for name in ("now", "old"))
+    now.write_bytes(b"not committed yet")
+    old.write_bytes(b"never committed")
+    os.utime(old, (1, 1))
+    assert table.purge() == 1
+    assert (now.exists(), old.exists()) == (True, False)
+    assert numbers(table) == [1]
+
+
+def test_properties_are_the_first_appends(lake: Lake) -> None:
+    """Without them the log, which no removal reaches, quotes the rows: smallest and largest values of each column."""
+    quoted, silent = lake.table("quoted"), lake.table("silent")
+    quoted.append(rows(1))
+    for _ in range(2):
+        silent.append(rows(1), properties={"delta.dataSkippingStatsColumns": "number"})
+    for table, quotes in ((quoted, True), (silent, False)):
+        log = "".join(path.read_text() for path in Path(table.url).glob("_delta_log/*.json"))
+        assert ("line 1" in log) == quotes
+        assert "36500 days" in log
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = tmp_path / "small"

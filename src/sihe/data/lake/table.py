@@ -1,4 +1,4 @@
-"""One table of the lake: rows are appended, and every version stays readable.
+"""One table of the lake: rows are appended, and every version stays readable, unless its owner removes and purges.
 
 Several processes may append at once and every append is kept. An append with a `key` happens once, however often and
 from however many processes it is called: that is what lets a job that was killed simply run again.
@@ -59,19 +59,20 @@ class LakeTable:
         """The newest version. Raises `NotFound`, `CorruptData`."""
         return self._open().version()
 
-    def append(self, rows: pa.Table, *, key: str | None = None) -> int:
+    def append(self, rows: pa.Table, *, key: str | None = None, properties: Mapping[str, str] | None = None) -> int:
         """Adds rows; the version that they made. With a `key`, an append of that key that is there already is it.
 
-        The first append fixes the columns; later rows may have them in any order and in types that convert without
-        loss. Raises `SchemaMismatch`, `NoSpace`, `CorruptData`, and `Busy` when other writers win every race.
+        The first append fixes the columns, and the table's own `properties` (Delta's, over the house's); later rows
+        may have the columns in any order and in types that convert without loss. Raises `SchemaMismatch`, `NoSpace`,
+        `CorruptData`, and `Busy` when other writers win every race.
         """
 
         def attempt() -> int:
             table = self._open_or_none()
             if table is None:
                 with self._creating():
-                    return self._write_once(self._open_or_none(), rows, key)
-            return self._write_once(table, rows, key)
+                    return self._write_once(self._open_or_none(), rows, key, properties)
+            return self._write_once(table, rows, key, properties)
 
         return self._retry(attempt)
 
@@ -118,6 +119,49 @@ class LakeTable:
                 raise CorruptData(f"{self.url}/_delta_log", f"the entry of version {version} is not JSON") from error
         return commits
 
+    # ---- what is not kept for ever -----------------------------------------------------------------------------------
+
+    def remove(self, where: str) -> int | None:
+        """Takes the rows out that the SQL predicate is true of; the version that this made, None where there are none.
+
+        Older versions have them until `purge`. Raises `NotFound`, `InvalidInput` for a wrong predicate, `NoSpace`,
+        `CorruptData`, and `Busy` when other writers win every race.
+        """
+
+        def attempt() -> int:
+            table = self._open()
+            with self._errors():
+                table.delete(where)
+                return table.version()
+
+        first, *_ = self._open().schema().fields
+        if self.read(columns=[first.name], where=where).num_rows == 0:  # a version of its own would change nothing
+            return None
+        return self._retry(attempt)
+
+    def purge(self, *, older_than_h: int = 1) -> int:
+        """Deletes the files that the newest version has had no row in for so many hours; how many there were.
+
+        What was removed is gone then, also for who reads an older version: `CorruptData` tells them so. Whoever began
+        to read or write less than that time ago is not disturbed. Raises `NotFound`, `CorruptData`, `Unreachable`.
+        """
+
+        def attempt() -> int:
+            table = self._open()
+
+            def vacuum(*, dry_run: bool) -> list[str]:
+                return table.vacuum(older_than_h, dry_run=dry_run, enforce_retention_duration=False, full=True)
+
+            with self._errors():
+                found = vacuum(dry_run=True)
+                if "://" not in self.url:  # those that were deleted before are named again
+                    found = [name for name in found if (Path(self.url) / name).exists()]
+                if found:
+                    vacuum(dry_run=False)
+                return len(found)
+
+        return self._retry(attempt)
+
     # ---- opening and writing ----------------------------------------------------------------------------------------
 
     def _open(self, version: int | None = None) -> DeltaTable:
@@ -153,12 +197,14 @@ class LakeTable:
         with exclusive(folder.parent / f".{folder.name}.lock"):
             yield
 
-    def _write_once(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
+    def _write_once(
+        self, table: DeltaTable | None, rows: pa.Table, key: str | None, properties: Mapping[str, str] | None
+    ) -> int:
         if table is not None and key is not None and table.transaction_version(key) is not None:
             return self._version_with(key, table.version())
-        return self._write(table, rows, key)
+        return self._write(table, rows, key, {**_CONFIGURATION, **(properties or {})})
 
-    def _write(self, table: DeltaTable | None, rows: pa.Table, key: str | None) -> int:
+    def _write(self, table: DeltaTable | None, rows: pa.Table, key: str | None, properties: Mapping[str, str]) -> int:
         append_id = new_id("append")
         with self._errors():
             write_deltalake(
@@ -167,7 +213,7 @@ class LakeTable:
                 mode="error"
                 if table is None
                 else "append",  # of two that create the table, one starts over and appends
-                configuration=_CONFIGURATION if table is None else None,
+                configuration=dict(properties) if table is None else None,
                 storage_options=self._storage_options,
                 writer_properties=WriterProperties(compression="ZSTD"),
                 commit_properties=CommitProperties(
