@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sihe.core.errors import NoSpace
+from sihe.core.errors import ConfigError, NoSpace, NotFound
 from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
@@ -19,7 +19,8 @@ from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import Sender
-from sihe.serving.tables import deployments
+from sihe.serving.gateway.types import DeploymentState
+from sihe.serving.tables import deployments, rollouts
 
 SETTINGS = EngineConfig(max_batch_size=4, token_budget=32, kv_cache_bytes=2_000_000)
 ASK = GenerationRequest(prompt=(5, 6, 7), max_tokens=3, temperature=0)
@@ -180,5 +181,29 @@ def test_a_record_that_a_newer_version_wrote_stops_only_itself(
     assert 1 <= said <= 2, "once, by this gateway and by that of the house"
     own.traffic.set_arm("good", "b", "tiny@2", 0.5)
     assert "b" in own._live["good"].routes, "the others are followed"
+    shown = {status.name: status for status in own.list()}
+    assert set(shown) >= {"tiny", "good", "newer"}
+    assert (shown["good"].error, shown["newer"].state, shown["newer"].version) == (None, DeploymentState.READY, 1)
+    assert "'speed'" in str(shown["newer"].error)
+    assert own.status("newer") == shown["newer"]
     own.remove("newer")
     assert [status.name for status in own.served() if status.name != "tiny"] == ["good"]
+
+
+def test_a_rollout_that_cannot_be_read_stops_only_its_deployment(own: Gateway) -> None:
+    for name in ("good", "newer"):
+        own.deploy(name, "tiny@1", settings=SETTINGS)
+    own.start()
+    for name in ("good", "newer"):
+        own.wait_ready(name, timeout_s=30)
+    own.rollouts.start("newer", "tiny@2")
+    with own.workspace.records.transaction() as connection:
+        row = rollouts.c.deployment == "newer"
+        connection.execute(rollouts.update().where(row).values(settings={"speed": 3}))
+    own.traffic.set_arm("good", "b", "tiny@2", 0.5)
+    assert "b" in own._live["good"].routes, "the others are followed"
+    assert "'speed'" in str(own.status("newer").error)
+    with pytest.raises(ConfigError, match="speed"):
+        own.rollouts.pause("newer")
+    with pytest.raises(NotFound):
+        own.rollouts.pause("good")

@@ -104,7 +104,7 @@ def _live(console: Console, name: str) -> dict[str, Any]:
         report = None
     return {
         "report": report,
-        "rollout": console.gateway.rollouts.active().get(name),
+        "rollout": console.gateway.rollouts.find(name),
         "note": console.gateway.status(name).rollout_note,
         "shadow": traffic.shadow(name),
     }

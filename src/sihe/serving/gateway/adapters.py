@@ -113,14 +113,11 @@ class AdapterControl:
 
     def check_places(self, name: str, settings: ModelSettings) -> None:
         """Raises `ConfigError` where settings leave no place for the adapters that a deployment has already."""
-        try:
-            held = self._deployments.get(name).adapters
-        except NotFound:
-            return
+        held = self._deployments.adapters(name)
         places = settings.max_adapters - len(settings.adapters) if isinstance(settings, EngineConfig) else 0
         if len(held) > places:
             raise ConfigError(
-                f"{name!r} has the adapters {', '.join(adapter for adapter, _ in held)}, which were loaded while it "
+                f"{name!r} has the adapters {', '.join(held)}, which were loaded while it "
                 f"served, and max_adapters leaves room for {places}: allow more, or unload them",
                 key="max_adapters",
             )

@@ -148,7 +148,7 @@ class TrafficControl:
         return settings_for(self._workspace.tracking.resolve(target), given) if given is not None else None
 
     def _refuse_canary(self, name: str, arm: str) -> None:
-        rollout = self._rollouts.active().get(name)
+        rollout = self._rollouts.find(name)
         if rollout is not None and rollout.arm == arm:
             raise InvalidInput(f"arm {arm!r} belongs to a rollout: promote it, roll it back, or choose another name")
 

@@ -133,12 +133,15 @@ class Gateway:
     # ---- what is ----------------------------------------------------------------------------------------------------
 
     def list(self) -> list[DeploymentStatus]:
-        """Every deployment, by name: as it is where this process serves it, else as last reported."""
-        return [self._status(deployment) for deployment in self._store.all()]
+        """Every deployment, by name: as it is where this process serves it, else as last reported.
+
+        One whose record cannot be read, as a newer version wrote it, has that as its error.
+        """
+        return [self._status(reported) for reported in self._store.all_reported()]
 
     def status(self, name: str) -> DeploymentStatus:
         """One deployment. Raises `NotFound`."""
-        return self._status(self._store.get(name))
+        return self._status(self._store.reported(name))
 
     def served(self) -> tuple[DeploymentStatus, ...]:
         """What this process serves, from memory."""
@@ -250,12 +253,13 @@ class Gateway:
                 return  # it was closed while this waited: nothing may be loaded any more
             faults: dict[str, Exception] = {}
             try:
-                wanted = {deployment.name: deployment for deployment in self._store.all(faults.__setitem__)}
-                rollouts = self.rollouts.active()
+                found = self._store.all(faults.__setitem__)
+                rollouts = self.rollouts.active(faults.__setitem__)
             except Exception as error:  # noqa: BLE001 - see above
                 self._log.warning("records_poll_failed", error=repr(error))
                 return
             self._note_unreadable(faults)
+            wanted = {deployment.name: deployment for deployment in found if deployment.name not in faults}
             for name in self._live.keys() - wanted.keys() - faults.keys():  # what cannot be read is not wanted less
                 self._retire(name)
             for name, deployment in wanted.items():
@@ -276,7 +280,7 @@ class Gateway:
         if rollout is None:
             self._notes.pop(live.name, None)  # it may have been ended by hand, or by another process
         elif self._roll(live, rollout):
-            self._follow(self._store.get(live.name), self.rollouts.active().get(live.name))
+            self._follow(self._store.get(live.name), self.rollouts.find(live.name))
 
     def _follow(self, deployment: Deployment, rollout: Rollout | None) -> LiveDeployment:
         name = deployment.name
@@ -405,8 +409,10 @@ class Gateway:
         raise NotFound("deployment", name, hint=f"deployed are: {known}")
 
     def _live_status(self, live: LiveDeployment) -> DeploymentStatus:
-        return replace(live.status(), rollout_note=self._notes.get(live.name, ""))
+        status = live.status()
+        error = status.error or self._unreadable.get(live.name)
+        return replace(status, error=error, rollout_note=self._notes.get(live.name, ""))
 
-    def _status(self, deployment: Deployment) -> DeploymentStatus:
-        live = self._live.get(deployment.name)
-        return self._live_status(live) if live is not None else self._store.reported(deployment.name)
+    def _status(self, reported: DeploymentStatus) -> DeploymentStatus:
+        live = self._live.get(reported.name)
+        return self._live_status(live) if live is not None else reported

@@ -62,9 +62,13 @@ class RolloutControl:
         self._deployments.get(name)
         return self._rollouts.history(name)
 
-    def active(self) -> dict[str, Rollout]:
-        """The rollouts that are on their way, by deployment."""
-        return self._rollouts.active()
+    def active(self, on_fault: Callable[[str, Exception], None] | None = None) -> dict[str, Rollout]:
+        """The rollouts that are on their way, by deployment; one that cannot be read is told to `on_fault`."""
+        return self._rollouts.active(on_fault)
+
+    def find(self, name: str) -> Rollout | None:
+        """The rollout that is on its way, if there is one."""
+        return self._rollouts.find(name)
 
     def promote(self, name: str, *, reason: str = "promoted by hand") -> Rollout:
         """Makes the canary the stable version now. Raises `NotFound`, `Busy`."""

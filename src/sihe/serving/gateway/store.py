@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,14 @@ from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
 from sihe.serving.gateway.traffic.store import change_traffic, forget
 from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
-from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState, ReplicaStatus
+from sihe.serving.gateway.types import (
+    Deployment,
+    DeploymentState,
+    DeploymentStatus,
+    ReplicaState,
+    ReplicaStatus,
+    target_of,
+)
 from sihe.serving.tables import deployments
 
 REPORT_INTERVAL_S = 5.0
@@ -64,6 +71,12 @@ class DeploymentStore:
     def get(self, name: str) -> Deployment:
         """The wish under `name`. Raises `NotFound`."""
         return _deployment(self._row(name))
+
+    def adapters(self, name: str) -> dict[str, str]:
+        """Its adapters by name, with their places; of a deployment that is unknown, none."""
+        query = select(deployments.c.adapters).where(deployments.c.name == name)
+        with self._records.snapshot() as connection:
+            return connection.execute(query).scalar() or {}
 
     def change_traffic(self, name: str, change: Callable[[TrafficPolicy], TrafficPolicy]) -> Deployment:
         """Rewrites how requests of `name` are dealt out. Raises `NotFound`, and what `change` raises."""
@@ -130,27 +143,30 @@ class DeploymentStore:
             )
 
     def reported(self, name: str) -> DeploymentStatus:
-        """What was last said about `name`; UNSERVED when that is too long ago. Raises `NotFound`."""
-        row = self._row(name)
-        deployment = _deployment(row)
-        fresh = row.reported_at is not None and self._clock.now() - row.reported_at < _STALE_AFTER
-        said = row.status if fresh else {"version": None, "wanted": None, "error": None, "replicas": []}
-        return DeploymentStatus(
-            name=name,
-            target=deployment.target,
-            state=DeploymentState(said["state"]) if fresh else DeploymentState.UNSERVED,
-            version=said["version"],
-            wanted=said["wanted"],
-            error=said["error"],
-            replicas=tuple(
-                ReplicaStatus(item["version"], ReplicaState(item["state"]), item["in_flight"])
-                for item in said["replicas"]
-            ),
-            updated_at=deployment.updated_at,
-            reported_at=row.reported_at,
-            arms=tuple(ArmStatus(**item) for item in said.get("arms", ())),
-            rollout_note=said.get("rollout_note", ""),
-        )
+        """What was last said about `name`; UNSERVED when that is too long ago. Raises `NotFound`.
+
+        A wish or a report that cannot be read, as a newer version wrote it, is the status' error.
+        """
+        return self._status(self._row(name))
+
+    def all_reported(self) -> list[DeploymentStatus]:
+        """The same of every deployment, by name."""
+        with self._records.snapshot() as connection:
+            rows = connection.execute(select(deployments).order_by(deployments.c.name)).all()
+        return [self._status(row) for row in rows]
+
+    def _status(self, row: Row[Any]) -> DeploymentStatus:
+        fault = None
+        try:
+            _deployment(row)
+        except UserError as error:
+            fault = str(error)
+        is_fresh = row.reported_at is not None and self._clock.now() - row.reported_at < _STALE_AFTER
+        try:
+            status = _said(row) if is_fresh else _unserved(row)
+        except (KeyError, TypeError, ValueError) as error:
+            status, fault = _unserved(row), fault or f"its report cannot be read: {error!r}"
+        return replace(status, error=status.error or fault)
 
     def _row(self, name: str) -> Row[Any]:
         with self._records.snapshot() as connection:
@@ -162,6 +178,37 @@ class DeploymentStore:
 
 def _missing(name: str) -> NotFound:
     return NotFound("deployment", name, hint="see them with  sihe deploy list")
+
+
+def _unserved(row: Row[Any]) -> DeploymentStatus:
+    return DeploymentStatus(
+        name=row.name,
+        target=target_of(row.model, row.selector),
+        state=DeploymentState.UNSERVED,
+        version=None,
+        wanted=None,
+        error=None,
+        replicas=(),
+        updated_at=row.updated_at,
+        reported_at=row.reported_at,
+    )
+
+
+def _said(row: Row[Any]) -> DeploymentStatus:
+    """What the serving process said. Raises `KeyError`, `TypeError` or `ValueError` where that has another form."""
+    said = row.status
+    return replace(
+        _unserved(row),
+        state=DeploymentState(said["state"]),
+        version=said["version"],
+        wanted=said["wanted"],
+        error=said["error"],
+        replicas=tuple(
+            ReplicaStatus(item["version"], ReplicaState(item["state"]), item["in_flight"]) for item in said["replicas"]
+        ),
+        arms=tuple(ArmStatus(**item) for item in said.get("arms", ())),
+        rollout_note=said.get("rollout_note", ""),
+    )
 
 
 def _deployment(row: Row[Any]) -> Deployment:

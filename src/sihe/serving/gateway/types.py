@@ -43,7 +43,12 @@ class Deployment:
     @property
     def target(self) -> str:
         """The followed reference, such as `gpt@production`."""
-        return f"{self.model}@{self.selector}" if self.selector else self.model
+        return target_of(self.model, self.selector)
+
+
+def target_of(model: str, selector: str) -> str:
+    """A reference to the version of `model` that `selector` points at; empty: its newest."""
+    return f"{model}@{selector}" if selector else model
 
 
 @dataclass(frozen=True, slots=True)

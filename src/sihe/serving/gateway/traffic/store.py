@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select
 
 from sihe.core.clock import Clock
-from sihe.core.errors import AlreadyExists, Busy, NotFound
+from sihe.core.errors import AlreadyExists, Busy, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.gateway.settings import from_mapping
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
@@ -43,11 +43,23 @@ class RolloutStore:
                 raise AlreadyExists("rollout of", rollout.deployment, hint="promote it or roll it back first")
             connection.execute(rollouts.insert().values(**_values(rollout)))
 
-    def active(self) -> dict[str, Rollout]:
-        """The rollouts that are on their way, by deployment."""
+    def active(self, on_fault: Callable[[str, Exception], None] | None = None) -> dict[str, Rollout]:
+        """The rollouts that are on their way, by deployment.
+
+        One that cannot be read, as a newer version wrote it, is told to `on_fault` with its deployment; without that
+        its error is raised.
+        """
+        found = {}
         with self._records.snapshot() as connection:
-            rows = connection.execute(select(rollouts).where(rollouts.c.state.in_(_ACTIVE)))
-            return {row.deployment: _rollout(row) for row in rows}
+            rows = connection.execute(select(rollouts).where(rollouts.c.state.in_(_ACTIVE))).all()
+        for row in rows:
+            try:
+                found[row.deployment] = _rollout(row)
+            except UserError as error:
+                if on_fault is None:
+                    raise
+                on_fault(row.deployment, error)
+        return found
 
     def history(self, deployment: str) -> list[Rollout]:
         """The latest rollouts of a deployment, newest first."""
@@ -55,9 +67,17 @@ class RolloutStore:
         with self._records.snapshot() as connection:
             return [_rollout(row) for row in connection.execute(query.limit(_HISTORY))]
 
+    def find(self, deployment: str) -> Rollout | None:
+        """The rollout that is on its way, if there is one. Raises what is wrong with it where it cannot be read."""
+        faults: dict[str, Exception] = {}
+        found = self.active(faults.__setitem__).get(deployment)
+        if deployment in faults:
+            raise faults[deployment]
+        return found
+
     def of(self, deployment: str) -> Rollout:
-        """The rollout that is on its way. Raises `NotFound`."""
-        found = self.active().get(deployment)
+        """The same. Raises `NotFound` too."""
+        found = self.find(deployment)
         if found is None:
             raise NotFound("rollout of", deployment, hint="start one with  sihe deploy canary")
         return found

@@ -1,0 +1,111 @@
+"""Deployments in the records: what one process says is shown by others, also where a newer version has written it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sihe.core.clock import FakeClock
+from sihe.core.errors import ConfigError
+from sihe.core.records import Records
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.store import DeploymentStore
+from sihe.serving.gateway.types import DeploymentState
+from sihe.serving.tables import deployments
+
+READY: dict[str, Any] = {"state": "READY", "version": 1, "wanted": 1, "error": None, "replicas": []}
+REPLICA = {"version": 1, "state": "READY", "in_flight": 0}
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    opened = Records(f"sqlite:///{tmp_path / 'records.db'}")
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def store(records: Records, clock: FakeClock) -> DeploymentStore:
+    """Two deployments: of `chat` another process has just reported that it is ready."""
+    made = DeploymentStore(records, clock)
+    made.put("a-good-one", "tiny", "", EngineConfig())
+    made.put("chat", "tiny", "live", EngineConfig())
+    write(records, reported_at=clock.now(), status=READY)
+    return made
+
+
+def write(records: Records, **values: object) -> None:
+    with records.transaction() as connection:
+        connection.execute(deployments.update().where(deployments.c.name == "chat").values(**values))
+
+
+def test_a_report_is_shown_while_it_is_fresh(store: DeploymentStore, clock: FakeClock) -> None:
+    said = store.reported("chat")
+    assert (said.state, said.version, said.error, said.target) == (DeploymentState.READY, 1, None, "tiny@live")
+    assert store.all_reported() == [store.reported("a-good-one"), said]
+    clock.advance(60)
+    assert (store.reported("chat").state, store.reported("chat").version) == (DeploymentState.UNSERVED, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"settings": {"speed": 3}}, "'speed'"),
+        ({"replicas": {"planets": 3}}, "'planets'"),
+        ({"settings": {"speed": 3}, "reported_at": None}, "'speed'"),
+    ],
+)
+def test_a_wish_that_cannot_be_read_is_shown_with_its_error_and_repaired_by_another(
+    store: DeploymentStore, records: Records, values: dict[str, object], said: str
+) -> None:
+    write(records, **values)
+    found = store.reported("chat")
+    is_known = "reported_at" not in values
+    assert found.state is (DeploymentState.READY if is_known else DeploymentState.UNSERVED)
+    assert (found.version, found.target) == (1 if is_known else None, "tiny@live")
+    assert said in str(found.error)
+    assert [one.error for one in store.all_reported()] == [None, found.error]
+    with pytest.raises(ConfigError):
+        store.get("chat")
+    store.put("chat", "tiny", "live", EngineConfig())
+    assert store.reported("chat").error is None
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {**READY, "state": "ORBITING"},
+        {**READY, "replicas": [{**REPLICA, "state": "ORBITING"}]},
+        {**READY, "replicas": [{"version": 1}]},
+        {**READY, "arms": [{"planet": 3}]},
+        {"state": "READY"},
+    ],
+)
+def test_a_report_that_cannot_be_read_says_nothing_of_what_serves(
+    store: DeploymentStore, records: Records, status: dict[str, object]
+) -> None:
+    write(records, status=status)
+    found = store.reported("chat")
+    assert (found.state, found.version, found.replicas) == (DeploymentState.UNSERVED, None, ())
+    assert "report cannot be read" in str(found.error)
+
+
+def test_a_reported_error_comes_before_that_of_reading(store: DeploymentStore, records: Records) -> None:
+    write(records, status={**READY, "error": "no memory"}, settings={"speed": 3})
+    assert store.reported("chat").error == "no memory"
+
+
+def test_adapters_are_found_without_the_rest(store: DeploymentStore, records: Records) -> None:
+    store.add_adapter("chat", "fr", "adapters/chat/1")
+    write(records, settings={"speed": 3})
+    assert store.adapters("chat") == {"fr": "adapters/chat/1"}
+    assert store.adapters("a-good-one") == store.adapters("absent") == {}
