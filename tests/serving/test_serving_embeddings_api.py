@@ -65,7 +65,7 @@ def expected(served: Gateway, *texts: str, **more: Any) -> Floats:
         values: Floats = encoder.submit(EmbeddingRequest(texts, **more)).result(30).values
         return values
 
-    return served.route("embed").call(ask)
+    return served.aside("embed").whole(ask)
 
 
 def test_the_client_gets_vectors_in_both_formats(client: openai.OpenAI, served: Gateway) -> None:

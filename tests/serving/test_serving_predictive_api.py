@@ -82,6 +82,9 @@ class Shelf:
     def turn(self, name: str, **_: object) -> Straight:
         return Straight(self.route(name))
 
+    def aside(self, name: str, **_: object) -> Straight:
+        return Straight(self.route(name))
+
 
 @dataclass
 class Straight:
@@ -94,6 +97,9 @@ class Straight:
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
         return self.held.call(work)
+
+    def whole(self, work: Callable[[Any], T]) -> T:
+        return self.start(work)
 
     def finished(self) -> None:
         """It is the end."""

@@ -263,6 +263,18 @@ def test_a_canary_that_refuses_what_the_stable_version_takes_is_charged_with_it(
     assert house.counts()["wide"] == (requests, errors)
 
 
+def test_a_version_is_described_by_the_arm_that_serves_it_and_that_is_no_request(house: House) -> None:
+    house.gateway.traffic.set_arm("line", "wide", "line@3", 0.5)
+    house.until(house.has_arm("wide"))
+    for version, features in ((1, 1), (3, 2)):
+        said = httpx.get(f"{house.url}/v2/models/line/versions/{version}", timeout=30).json()
+        assert (said["versions"], said["inputs"][0]["shape"]) == ([str(version)], [-1, features])
+    for absent in ("2", "9" * 5000):
+        assert httpx.get(f"{house.url}/v2/models/line/versions/{absent}", timeout=30).status_code == 404
+        assert house.ask(version=absent).status_code == 404
+    assert set(house.counts().values()) == {(0, 0)}
+
+
 def test_a_shadow_is_refused_rather_than_left_without_copies(house: House) -> None:
     with pytest.raises(InvalidInput, match="does not generate"):
         house.gateway.traffic.set_shadow("line", "line@2")

@@ -258,7 +258,9 @@ def test_to_zero_and_back(house: House) -> None:
 def test_models_that_do_not_generate_wake_too(house: House) -> None:
     route = house.route(ReplicaConfig(min_replicas=0, max_replicas=1, scaling=SLEEPY))
     until(route, lambda: not route.replicas())
-    assert route.call(lambda served: served.name) == "tiny@1"  # type: ignore[attr-defined]
+    lease = route.lease()
+    assert lease.held().name == "tiny@1"  # type: ignore[attr-defined]
+    lease.end()
     assert len(house.loaded) == 2
 
 
@@ -285,7 +287,7 @@ def test_who_waits_with_a_thread_waits_within_bounds(house: House) -> None:
     until(route, lambda: not route.replicas())
     house.room = 0
     with pytest.raises(NotReady, match="on their way"):
-        route.call(lambda served: served)
+        route.lease()
     assert route._requests.num_waiting == 0
 
 
@@ -294,7 +296,7 @@ def test_who_waits_with_a_thread_is_told_when_it_is_in_vain(house: House, tmp_pa
     until(route, lambda: not route.replicas())
     house.folders[1] = tmp_path / "gone"
     with pytest.raises(NotReady, match="gone"):
-        route.call(lambda served: served)
+        route.lease()
 
 
 def test_who_waits_for_a_replica_waits_within_bounds(house: House) -> None:

@@ -22,7 +22,7 @@ from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.types import STABLE
-from sihe.serving.gateway.turn import Turn
+from sihe.serving.gateway.turn import Aside, Turn
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -191,6 +191,18 @@ def test_a_limit_that_has_not_passed_leaves_the_reason_why_there_is_no_replica(h
     with pytest.raises(NotReady, match="no other one"):
         turn.start(in_turn(None))
     assert house.counts()[STABLE] == (0, 0, 0)
+
+
+def test_a_question_about_a_model_is_asked_again_elsewhere_and_measured_nowhere(house: House) -> None:
+    unmeasured = Experiment("m", 0, Split({}, {}), NOW)
+    turn = Turn(Aside(house), unmeasured, "b", "", name="", weight=1.0, counts=False, clock=house.clock)
+    assert turn.whole(in_turn(EngineClosed("gone"), None)) == "begun"
+    turn = Turn(Aside(house), unmeasured, "b", "", name="", weight=1.0, counts=False, clock=house.clock)
+    with pytest.raises(InvalidInput):
+        turn.whole(in_turn(InvalidInput("no tokenizer"), InvalidInput("no tokenizer")))
+    assert house.routes["b"].lost == [3]
+    assert (house.noted, house.rerouted, set(house.counts().values())) == ([], [], {(0, 0, 0)})
+    assert house.is_free()
 
 
 def test_a_turn_ends_once(house: House) -> None:

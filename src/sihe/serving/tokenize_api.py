@@ -100,6 +100,6 @@ async def _answer(request: Request, gateway: Gateway, body: TokenizeBody | Detok
     def call() -> dict[str, Any]:
         if not caller_of(request).may_use(body.model):
             raise Forbidden(f"this key may not use {body.model!r}")
-        return gateway.route(body.model).call(work)
+        return gateway.aside(body.model).whole(work)
 
     return Response(orjson.dumps(await run_in_threadpool(call)), media_type="application/json")

@@ -185,6 +185,11 @@ class Gateway:
         sender = Sender(request_id or new_id("req"), session)
         return self._served(name).turn(sender, tenant=tenant, version=version, weight=weight)
 
+    def aside(self, name: str, *, version: int | None = None) -> Turn:
+        """The way of work that is no request to a model of deployment `name`, such as asking what it takes; of its
+        stable `version`, or the one that is named. It is measured nowhere. Raises `NotFound`, `NotReady`."""
+        return self._served(name).aside(version)
+
     def route(self, name: str) -> Route:
         """The replicas of the stable version of deployment `name`. Raises `NotFound`, `NotReady`."""
         return self._served(name).stable

@@ -37,7 +37,7 @@ from sihe.serving.gateway.traffic.rollout import Rollout, Sight
 from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Sender, sticky_key
-from sihe.serving.gateway.turn import Turn
+from sihe.serving.gateway.turn import Aside, Turn
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
 from sihe.serving.gateway.wants import Resolve, aim_of, arm_status, resolved, wants_of
 
@@ -168,10 +168,20 @@ class LiveDeployment:
         experiment = self._experiment
         key, arm = self._dealt(sender, tenant, experiment)
         if version is not None:
-            routes = self._routes.items()  # of one moment: they may be replaced while their states are asked for
-            arm = next((arm for arm, route in routes if arm != SHADOW and route.status().version == version), STABLE)
+            arm = self._arm_of(version)
         name = feedback_name(sender.request_id, tenant)
         return Turn(self, experiment, arm, key, name=name, weight=weight, counts=version is None, clock=self._clock)
+
+    def aside(self, version: int | None = None) -> Turn:
+        """The way of work that is no request to the model, such as asking what it takes: on the stable arm, or on the
+        one that serves `version`. It is measured nowhere."""
+        arm = STABLE if version is None else self._arm_of(version)
+        unmeasured = Experiment(self.name, 0, Split({}, {}), self._clock.now())
+        return Turn(Aside(self), unmeasured, arm, "", name="", weight=1.0, counts=False, clock=self._clock)
+
+    def _arm_of(self, version: int) -> str:
+        routes = self._routes.items()  # of one moment: they may be replaced while their states are asked for
+        return next((arm for arm, route in routes if arm != SHADOW and route.status().version == version), STABLE)
 
     def _dealt(self, sender: Sender, tenant: str, experiment: Experiment) -> tuple[str, str]:
         """By what a sender is known, and the arm that it gets."""

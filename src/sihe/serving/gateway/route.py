@@ -8,11 +8,10 @@ replicas `replicas.replacement` says which move comes next, and `replicas.autosc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from sihe.core.clock import Clock
 from sihe.core.errors import Busy, TransientError
@@ -22,18 +21,16 @@ from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import EngineClosed, NoMemory, NoRoom, NotReady
 from sihe.serving.gateway.replicas.adapters import Adapters, FolderOf, bring_up_to_date
-from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.autoscaler import Observation, decide, initial
 from sihe.serving.gateway.replicas.config import Backend
 from sihe.serving.gateway.replicas.dispatcher import Dispatcher
 from sihe.serving.gateway.replicas.lease import Lease
-from sihe.serving.gateway.replicas.ports import Load, Served
+from sihe.serving.gateway.replicas.ports import Load
 from sihe.serving.gateway.replicas.replacement import Member, Moves, Stage, next_moves
 from sihe.serving.gateway.replicas.replica import Replica
 from sihe.serving.gateway.settings import ModelSettings
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, ReplicaState
 
-T = TypeVar("T")
 _RETRY_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # between attempts to load what may fit or arrive later
 _ROOM_S = 2.0
 _TICK_S = 1.0  # between looks at an elastic deployment's load
@@ -134,29 +131,6 @@ class Route:
         Raises `NotReady`, `QueueFull`, and what is wrong with the request.
         """
         return self._requests.generate(request, timeout_s=timeout_s)
-
-    def call(self, work: Callable[[Served], T], *, weight: float = 1.0) -> T:
-        """What `work` gives for what one of the replicas holds: for models that do not generate. Blocks meanwhile, and
-        before it where a replica is on its way.
-
-        Where that replica is lost `work` is done again on another, so it must be safe to repeat. Raises `NotReady`,
-        and what `work` raises.
-        """
-        tried: set[int] = set()
-        while True:
-            lease = self.lease(weight=weight, avoid=frozenset(tried))
-            tried.add(lease.replica_id)
-            try:
-                result = work(lease.held())
-            except BaseException as error:
-                lease.end(error)
-                if not isinstance(error, LOST):
-                    raise
-                if len(tried) >= self.max_attempts:
-                    raise NotReady(self.name, str(error)) from error
-            else:
-                lease.end()
-                return result
 
     def lease(
         self,

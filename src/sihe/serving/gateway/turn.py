@@ -9,6 +9,7 @@ The arm is charged with what it failed, and with what it refused and the stable 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from sihe.core.clock import Clock
@@ -58,6 +59,36 @@ class Arms(Protocol):
     def note_rerouted(self, arm: str) -> None:
         """The stable arm answers for `arm`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """The same arms for work that is no request to their models, such as asking what they take: nothing of it is
+    measured, and nobody stands back for it."""
+
+    arms: Arms
+    presence: Presence = field(default_factory=Presence)
+
+    @property
+    def name(self) -> str:
+        """The deployment's."""
+        return self.arms.name
+
+    @property
+    def stable(self) -> Route:
+        """The route of what is deployed."""
+        return self.arms.stable
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """The routes by arm."""
+        return self.arms.routes
+
+    def note_outcome(self, arm: str, outcome: Outcome) -> None:
+        """It is not measured."""
+
+    def note_rerouted(self, arm: str) -> None:
+        """It is not measured."""
 
 
 class Turn:
@@ -128,6 +159,15 @@ class Turn:
                     if (shown := self.shown(error)) is error:
                         raise
                     raise shown from error
+
+    def whole(self, work: Callable[[Served], T]) -> T:
+        """What `work` gives where that is the answer: `start` and `finished`. Raises what `start` raises."""
+        try:
+            result = self.start(work)
+            self.finished()
+            return result
+        finally:
+            self.left()
 
     def finished(self) -> None:
         """The answer is there."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -47,19 +48,12 @@ if TYPE_CHECKING:
 PREFIX = "/v2"
 ARM_HEADER, SESSION_HEADER, REQUEST_HEADER = "x-sihe-arm", "x-sihe-session", "x-request-id"
 _INLINE_BYTES = 64 * 1024  # smaller bodies are parsed where they arrive: a hop to another thread costs more
+_VERSION = re.compile("[0-9]{1,18}")
 _log = logger("serving")
 T = TypeVar("T")
 
 
 Admit = Callable[[Request, str], Awaitable["Admission"]]
-
-
-class Answering(Protocol):
-    """The replicas of one deployment (the gateway's `Route`)."""
-
-    def call(self, work: Callable[[Any], T]) -> T:
-        """What `work` gives for what one of the replicas holds. Raises `NotReady`, and what `work` raises."""
-        ...
 
 
 class Turning(Protocol):
@@ -71,6 +65,10 @@ class Turning(Protocol):
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
         """What `work` gives for what a replica holds; without `block` it waits for none that is on its way."""
+        ...
+
+    def whole(self, work: Callable[[Any], T]) -> T:
+        """`start` and `finished` in one, where what `work` gives is the answer."""
         ...
 
     def finished(self) -> None:
@@ -97,8 +95,9 @@ class Models(Protocol):
         """Every deployment, whatever kind of model it has."""
         ...
 
-    def route(self, name: str) -> Answering:
-        """The replicas of deployment `name`. Raises `NotFound`, `NotReady`."""
+    def aside(self, name: str, *, version: int | None) -> Turning:
+        """The way of a question about the model of deployment `name`, or about its `version`. Raises `NotFound`,
+        `NotReady`."""
         ...
 
     def turn(self, name: str, *, request_id: str, session: str | None, tenant: str, version: int | None) -> Turning:
@@ -212,7 +211,8 @@ def _readiness(models: Models, name: str, version: str | None) -> Response:
 
 
 def _metadata(models: Models, name: str, version: str | None) -> dict[str, Any]:
-    predictor = models.route(name).call(lambda served: _predictor(served, name, version))
+    turn = models.aside(name, version=_number(version))
+    predictor = turn.whole(lambda served: _predictor(served, name, version))
     description = predictor.description
     return {
         "name": name,
@@ -221,6 +221,10 @@ def _metadata(models: Models, name: str, version: str | None) -> dict[str, Any]:
         "inputs": [_tensor(spec) for spec in description.inputs],
         "outputs": [_tensor(spec) for spec in description.outputs],
     }
+
+
+def _number(version: str | None) -> int | None:
+    return int(version) if version is not None and _VERSION.fullmatch(version) else None
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -263,10 +267,9 @@ async def _infer(
     headers = request.headers
     encoding = headers.get("content-encoding", "")
     heavy = len(body) > _INLINE_BYTES or bool(encoding)
-    wanted = int(version) if version is not None and version.isascii() and version.isdigit() else None
     named = request_id(request)
     session = headers.get(SESSION_HEADER)
-    turn = models.turn(name, request_id=named, session=session, tenant=tenant, version=wanted)
+    turn = models.turn(name, request_id=named, session=session, tenant=tenant, version=_number(version))
     turn.deadline = deadline
 
     def begin(served: Any) -> _Begun:
