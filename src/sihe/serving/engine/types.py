@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sihe.core.errors import InvalidInput
 from sihe.serving.engine.tools import Tool, ToolCall, ToolCallDelta, ToolChoice, check_choice, join_deltas
+from sihe.serving.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tools"]
@@ -18,6 +18,12 @@ MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 MAX_PRIORITY = 1_000_000
 MAX_LOGIT_BIAS = 1024
+# OpenAI's bounds (platform.openai.com/docs/api-reference/chat/create), which vLLM has, too (vllm/sampling_params.py).
+MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0  # of presence and frequency, either way
+MAX_BIAS = 100.0  # of a logit, either way; vLLM cuts off there
+# vLLM takes any number above 0. By a hundred, either way, what it acts on is chosen always or never.
+REPETITION_PENALTIES = (0.01, 100.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +157,14 @@ class GenerationRequest:
         )
 
     def _check_sampling(self) -> None:
-        _check_range("temperature", self.temperature, 0, 100, "0 (greedy) to 100")
+        _check_range("temperature", self.temperature, 0, MAX_TEMPERATURE, "0 (greedy) to {high:g}")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _check_range("min_p", self.min_p, 0, 1, "0 to 1")
+        _check_range("min_p", self.min_p, 0, 1)
         _check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer")
-        _check_range("presence_penalty", self.presence_penalty, -2, 2, "-2 to 2")
-        _check_range("frequency_penalty", self.frequency_penalty, -2, 2, "-2 to 2")
-        _check(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "above 0, to 100")
+        _check_range("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_range("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_range("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
         _check(
             len(self.logit_bias) <= MAX_LOGIT_BIAS,
             "logit_bias",
@@ -167,7 +173,7 @@ class GenerationRequest:
         )
         for token, bias in self.logit_bias:
             _check(token >= 0, "logit_bias", token, "keyed by token ids")
-            _check_range("logit_bias", bias, -100, 100, "-100 to 100")
+            _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
         _check(
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             "logprobs",
@@ -179,11 +185,11 @@ class GenerationRequest:
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise InvalidInput(f"{name} must be {expected}, got {value!r}")
+        raise InvalidRequest(name, f"{name} must be {expected}, got {value!r:.200}")
 
 
-def _check_range(name: str, value: float, low: float, high: float, expected: str) -> None:
-    _check(math.isfinite(value) and low <= value <= high, name, value, expected)
+def _check_range(name: str, value: float, low: float, high: float, expected: str = "{low:g} to {high:g}") -> None:
+    _check(low <= value <= high, name, value, expected.format(low=low, high=high))  # NaN is in no range
 
 
 @dataclass(frozen=True, slots=True)
