@@ -6,6 +6,7 @@ import copy
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sihe.models.checkpoint import load_model
 from sihe.models.lora import apply_lora
 from sihe.models.lora_config import LoraConfig
 from sihe.models.lora_files import save_adapter
+from sihe.serving.engine.adapters import EngineAdapters
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.gateway.gateway import Gateway
@@ -198,3 +200,31 @@ def test_what_the_settings_name_is_theirs(gateway: Gateway, adapter_folder: Path
     gateway.adapters.load("many", "other", adapter_folder)
     gateway.remove("many")
     assert gateway.workspace.objects.list("adapters/many") == []
+
+
+def test_a_slow_load_holds_up_its_own_deployment_alone(
+    url: str, gateway: Gateway, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    load = EngineAdapters.load
+
+    def slow(self: EngineAdapters, name: str, folder: Path) -> None:
+        if name == "slow":
+            begun.set()
+            assert go.wait(30)
+        load(self, name, folder)
+
+    gateway.deploy("more", "tiny@live", settings=SETTINGS)
+    gateway.wait_ready("more", timeout_s=60)
+    monkeypatch.setattr(EngineAdapters, "load", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(gateway.adapters.load, "many", "slow", adapter_folder)
+        assert begun.wait(30)
+        gateway.adapters.load("more", "poet", adapter_folder)
+        second = threads.submit(gateway.adapters.load, "many", "slow", adapter_folder)
+        go.set()
+        first.result(30)
+        with pytest.raises(AlreadyExists):
+            second.result(30)
+    assert (gateway.adapters.names("many"), gateway.adapters.names("more")) == (["slow"], ["poet"])
+    assert len(gateway.adapters._changing) == 0

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from sihe.core.errors import AlreadyExists, ConfigError, InvalidInput, NotFound
 from sihe.core.ids import new_id
@@ -47,7 +48,8 @@ class AdapterControl:
         self._live = live
         self._notify = notify
         self._log = logger("serving")
-        self._changing = threading.Lock()
+        self._guard = threading.Lock()
+        self._changing: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def names(self, name: str) -> list[str]:
         """The adapters that requests to every replica may name. Raises `NotFound`, `NotReady`."""
@@ -60,7 +62,7 @@ class AdapterControl:
         Raises `NotFound`, `NotReady`, `AlreadyExists`, `Busy` where no place is free, `UnsupportedParameter` where
         replicas take none, and what is wrong with the folder.
         """
-        with self._changing:
+        with self._lock_of(name):
             self._refuse_known(name, adapter)
             place = f"{PREFIX}/{name}/{new_id('adapter')}"
             loaded: list[EngineAdapters] = []
@@ -84,7 +86,7 @@ class AdapterControl:
         Raises `NotFound`, `NotReady`, `InvalidInput` for one of the deployment's settings, and `Busy` when requests
         that use it have not ended within a minute: it then stays.
         """
-        with self._changing:
+        with self._lock_of(name):
             deployment = self._deployments.get(name)
             if adapter in _of_settings(deployment.settings):
                 raise InvalidInput(f"adapter {adapter!r} is in the settings of {name!r}: deploy it again without it")
@@ -125,6 +127,15 @@ class AdapterControl:
     def folder_of(self, place: str) -> Path:
         """A local folder with the adapter's files. Raises `NotFound`, `Unreachable`."""
         return self._workspace.objects.get_tree(place, self._cache(place))
+
+    def _lock_of(self, name: str) -> threading.Lock:
+        """Held while adapters of `name` change; loading may take long, and no other deployment waits for it. It is kept
+        for as long as somebody has it."""
+        with self._guard:
+            lock = self._changing.get(name)
+            if lock is None:
+                lock = self._changing[name] = threading.Lock()
+            return lock
 
     def _cache(self, place: str) -> Path:
         return self._workspace.path("serving", "adapters", place.rpartition("/")[2])
