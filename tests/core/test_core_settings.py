@@ -68,6 +68,7 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
 def test_keys_are_a_list_in_either_form(tmp_path: Path) -> None:
     assert _load(tmp_path, {"SIHE_SERVER_API_KEYS": "a, b"}).server.api_keys == ("a", "b")
     assert _load(tmp_path, {"SIHE_SERVER_API_KEYS": '["a,b"]'}).server.api_keys == ("a,b",)
+    assert _load(tmp_path, {"SIHE_SERVING_BACKEND_HOSTS": "a, [::1]:8"}).serving.backend_hosts == ("a", "[::1]:8")
 
 
 @given(secret=st.text("abcdefgh0123456789", min_size=12))

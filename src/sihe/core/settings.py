@@ -59,6 +59,16 @@ class ServerSettings(_Section):
     )
 
 
+class ServingSettings(_Section):
+    """What deployments may do."""
+
+    backend_hosts: tuple[str, ...] = Field(
+        (),
+        description="where a deployment's backend.url may be: names (*.gpu.example too), addresses and networks, each "
+        "with a :port or without; none: anywhere, but over HTTP for administrators only",
+    )
+
+
 class TenantsSettings(_Section):
     """Who may use the server, and how much (`sihe keys`)."""
 
@@ -101,6 +111,7 @@ class Settings(_Section):
     objects: ObjectsSettings = ObjectsSettings()
     tracking: TrackingSettings = TrackingSettings()
     server: ServerSettings = ServerSettings()
+    serving: ServingSettings = ServingSettings()
     tenants: TenantsSettings = TenantsSettings()
     cluster: ClusterSettings = ClusterSettings()
     llm: LlmSettings = LlmSettings()
@@ -222,7 +233,7 @@ def _build(merged: Mapping[str, tuple[Any, str]]) -> Settings:
 
 def _parse(key: str, value: Any) -> Any:
     """Text for a list setting becomes a list: JSON, or items between commas. Everything else is pydantic's work."""
-    if key == "server.api_keys" and isinstance(value, str):
+    if key in ("server.api_keys", "serving.backend_hosts") and isinstance(value, str):
         if value.lstrip().startswith("["):
             try:
                 return json.loads(value)

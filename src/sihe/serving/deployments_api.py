@@ -133,11 +133,18 @@ def _add_wishes(routes: APIRouter, gateway: Gateway) -> None:
 
     @routes.post("/api/deployments", status_code=201, tags=["deployments"])
     def create_deployment(body: DeployBody, request: Request) -> DeploymentStatus:
-        """Deploys, or changes what a deployment follows. `backend.command` needs the right `admin`."""
+        """Deploys, or changes what a deployment follows. `backend.command` needs the right `admin`; so does
+        `backend.url` where `serving.backend_hosts` lists nothing."""
         replicas = ReplicaConfig.from_mapping(body.replicas) if body.replicas else None
         backend = replicas.backend if replicas is not None else None
-        if isinstance(backend, OpenAiBackend) and backend.command and not caller_of(request).may(Right.ADMIN):
-            raise Forbidden("backend.command starts a program on the server: a key for it needs the right 'admin'")
+        if isinstance(backend, OpenAiBackend) and not caller_of(request).may(Right.ADMIN):
+            if backend.command:
+                raise Forbidden("backend.command starts a program on the server: a key for it needs the right 'admin'")
+            if not gateway.workspace.settings.serving.backend_hosts:
+                raise Forbidden(
+                    "backend.url makes the server ask that address: a key for it needs the right 'admin', or the "
+                    "operator lists the host in serving.backend_hosts"
+                )
         return gateway.deploy(body.name, body.target, settings=body.settings, replicas=replicas)
 
     @routes.delete("/api/deployments/{name}", status_code=204, tags=["deployments"])

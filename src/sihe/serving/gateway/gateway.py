@@ -23,7 +23,7 @@ from sihe.serving.errors import NotReady
 from sihe.serving.gateway.adapters import AdapterControl
 from sihe.serving.gateway.control import TrafficControl
 from sihe.serving.gateway.live import LiveDeployment
-from sihe.serving.gateway.replicas.config import Backend, ReplicaConfig
+from sihe.serving.gateway.replicas.config import Backend, OpenAiBackend, ReplicaConfig
 from sihe.serving.gateway.replicas.ports import Load, Served
 from sihe.serving.gateway.rollouts import RolloutControl
 from sihe.serving.gateway.route import Route
@@ -102,9 +102,14 @@ class Gateway:
         """Makes `name` answer with the version behind `target` (`model@alias`, `model@3`, or `model`: its newest).
 
         Deploying again under the same name changes what it follows, and leaves its other arms as they are. `settings`
-        given as a mapping are read as the model's kind has them. Raises `NotFound` when nothing is behind `target`.
+        given as a mapping are read as the model's kind has them. Raises `NotFound` when nothing is behind `target`, and
+        `ConfigError` for a backend where `serving.backend_hosts` allows none.
         """
         check_name("deployment", name)
+        if replicas is not None and isinstance(replicas.backend, OpenAiBackend) and replicas.backend.url is not None:
+            from sihe.serving.gateway.replicas.openai.places import BackendPlaces
+
+            BackendPlaces(self.workspace.settings.serving.backend_hosts).check(replicas.backend.url)
         version = self.workspace.tracking.resolve(target)
         model, _, selector = target.partition("@")
         wanted = settings_for(version, settings)

@@ -64,7 +64,7 @@ class OpenAiEngine:
         self._loop = asyncio.new_event_loop()
         timeout = httpx.Timeout(_SILENT_S, connect=_CONNECT_S, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits)
+        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, follow_redirects=False)
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"streams {name}", daemon=True)
         self._thread.start()
 

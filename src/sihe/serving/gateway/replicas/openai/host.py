@@ -26,6 +26,7 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.ports import EngineObserver
 from sihe.serving.gateway.replicas.config import OpenAiBackend
 from sihe.serving.gateway.replicas.openai.engine import OpenAiEngine
+from sihe.serving.gateway.replicas.openai.places import BackendPlaces
 
 _ASK_S = 0.25
 _ANSWER_S = 3.0
@@ -43,7 +44,8 @@ def load(
 ) -> OpenAiEngine:
     """A server of `version`, which answers. `settings` are an engine's of this house: the server has its own.
 
-    Raises `ConfigError` for a command that cannot be run or ends, `Unreachable` for a server that does not answer.
+    Raises `ConfigError` for a command that cannot be run or ends and for a URL that the settings do not allow,
+    `Unreachable` for a server that does not answer.
     """
     name = f"{version.name}@{version.version}"
     if settings != EngineConfig():
@@ -52,6 +54,7 @@ def load(
             key="settings",
         )
     if backend.url is not None:
+        BackendPlaces(workspace.settings.serving.backend_hosts).check(backend.url)
         url = backend.url.rstrip("/")
         _wait(url, None, _ANSWER_S)
         return OpenAiEngine(url, backend.model or name, name, observer)
@@ -153,7 +156,8 @@ def _wait(url: str, server: _Server | None, limit_s: float) -> None:
         if server is not None and server.exit_code is not None:
             raise server.failure()
         try:
-            httpx.get(f"{url}/models", timeout=_ANSWER_S).raise_for_status()
+            # A redirect is no answer: it could lead where the settings allow no backend.
+            httpx.get(f"{url}/models", timeout=_ANSWER_S, follow_redirects=False).raise_for_status()
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
         else:
