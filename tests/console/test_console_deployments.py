@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from fastapi.testclient import TestClient
 
+from sihe.console.language import translate
 from sihe.console.pages.deployments import MEASURES, curves_of
 from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.exchange import Measure
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.types import Sender
@@ -49,6 +52,27 @@ def test_the_page_shows_what_is(client: TestClient, gateway: Gateway, language: 
         assert text in page
 
 
+def test_the_page_shows_what_copies_have_shown(client: TestClient, gateway: Gateway, language: str) -> None:
+    gateway.traffic.set_shadow("chat", f"tiny@{gateway.status('chat').version}", only_idle=False)
+    wait_until(lambda: any(arm.name == "shadow" and arm.version for arm in gateway.status("chat").arms), "the shadow")
+    gateway.generate("chat", GenerationRequest(prompt="the", max_tokens=2, temperature=0)).result(30)
+
+    def compared() -> bool:
+        report = gateway.traffic.shadow("chat")
+        return report is not None and report.compared == 1
+
+    wait_until(compared, "the comparison")
+    page = client.get(PAGE, headers={"accept-language": language}).text
+    assert translate(language, "traffic.agreement_tokens", share=100, mean="1.0000") in page  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_every_measure_of_agreement_has_its_words(measure: str) -> None:
+    for language in ("en", "zh"):
+        said = translate(language, f"traffic.agreement_{measure}", share=87, mean="0.8700")  # type: ignore[arg-type]
+        assert "87" in said
+
+
 def test_the_forms_steer(client: TestClient, gateway: Gateway) -> None:
     form = {"target": "tiny@2", "steps": "5，25", "min_requests": "9", "min_s": "1", "max_error": "2"}
     assert post(client, "rollout", **form) == 303
@@ -63,7 +87,9 @@ def test_the_forms_steer(client: TestClient, gateway: Gateway) -> None:
     assert post(client, "arms/b/remove") == 303
     assert post(client, "logs", share="50", text="true") == 303
     assert (gateway.traffic.policy("chat").logs.share, gateway.traffic.policy("chat").logs.text) == (0.5, True)
+    assert post(client, "logs", share="50", keep_days="7") == 303
     assert post(client, "logs", share="0") == 303
+    assert gateway.traffic.policy("chat").logs.keep_days == 7
     assert not gateway.traffic.policy("chat").logs.text
 
 

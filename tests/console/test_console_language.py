@@ -16,7 +16,7 @@ CONSOLE = Path(__file__).parents[2] / "src" / "sihe" / "console"
 # Keys whose last part is a value of the house: `t("status." ~ run.status)`.
 FAMILIES = (
     "finding.", "rollout.", "traffic.m_", "traffic.requests_per_s", "traffic.ttft_s", "traffic.tpot_s",
-    "traffic.in_hand", "traffic.kv_used",
+    "traffic.in_hand", "traffic.kv_used", "traffic.agreement_",
     "status.", "metric.", "lineage.", "difficulty.", "level.", "round.", "section.", "rubric.", "provenance.",
     "verdict.", "deployment.", "failure.", "nav.", "about.", "setting.", "lab.step_", "mode.", "state.", "recall.",
 )  # fmt: skip

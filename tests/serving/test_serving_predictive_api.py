@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from sihe.core.errors import NotFound, SiheError
 from sihe.serving.deadlines import Deadline
 from sihe.serving.errors import EngineClosed, NotReady
+from sihe.serving.exchange import Answer, Question
 from sihe.serving.predictive.api import error_response, router
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.metrics import PredictiveMetrics, PredictorMetrics
@@ -94,6 +95,8 @@ class Straight:
     arm: str = "stable"
     deadline: Deadline | None = None
     has_own_limit: bool = False
+    question: Question | None = None
+    is_heard: bool = False
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
         return self.held.call(work)
@@ -101,7 +104,7 @@ class Straight:
     def whole(self, work: Callable[[Any], T]) -> T:
         return self.start(work)
 
-    def finished(self) -> None:
+    def finished(self, answer: Answer | None = None) -> None:
         """It is the end."""
 
     def failed(self, error: BaseException) -> bool:

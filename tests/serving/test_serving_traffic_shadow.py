@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import count
 
 import pytest
 
 from sihe.core.clock import FakeClock
+from sihe.core.errors import InvalidInput
+from sihe.core.tracking import ModelVersion
+from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationEvent, GenerationRequest, Usage
-from sihe.serving.errors import GenerationFailed, QueueFull
+from sihe.serving.errors import EngineClosed, GenerationFailed, QueueFull, StreamClosed
+from sihe.serving.exchange import Agreement, Answer, Written
+from sihe.serving.gateway.replicas.config import LocalBackend
+from sihe.serving.gateway.replicas.lease import Lease
+from sihe.serving.gateway.replicas.replica import Replica
+from sihe.serving.gateway.traffic.copies import CopiedGeneration, CopiedQuestion
 from sihe.serving.gateway.traffic.handover import Handover
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.presence import Presence
@@ -35,7 +46,7 @@ class Side:
         self.refuses = False
         self._ids = count()
 
-    def start(self, request: GenerationRequest) -> GenerationStream:
+    def generate(self, request: GenerationRequest) -> GenerationStream:
         if self.refuses:
             raise QueueFull(1, retry_after_s=1.0)
         stream = GenerationStream(next(self._ids), "tiny@2", abort=lambda _: None)
@@ -76,8 +87,7 @@ def runner(side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunne
         runner = ShadowRunner(
             "chat",
             Shadow("tiny", "2", 1.0, **fields),  # type: ignore[arg-type]
-            start=side.start,
-            is_ready=lambda: side.is_ready,
+            route=side,
             presence=presence,
             clock=FakeClock(),
             on_comparison=lambda found: side.note(side.found, found),  # type: ignore[arg-type]
@@ -94,13 +104,16 @@ def runner(side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunne
 def test_a_copy_runs_last_and_at_nobodys_cost_and_is_compared(side: Side, runner: Callable[..., ShadowRunner]) -> None:
     made = runner()
     for _ in range(2):
-        made.offer("r", REQUEST, DONE)
+        made.offer("r", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: len(side.streams) == 1)
     side.say(0, "abc", (1, 2, 3))
     side.until(lambda: len(side.streams) == 2)
     side.say(1, "abX", (1, 2, 9))
     side.until(lambda: len(side.found) == 2)
-    assert [(found.is_same, found.agreement) for found in side.found] == [(True, 1.0), (False, 2 / 3)]
+    assert [(one.found.agreement.is_same, one.found.agreement.share) for one in side.found] == [
+        (True, 1.0),
+        (False, 2 / 3),
+    ]
     assert {(request.tenant, request.priority > 0) for request in side.requests} == {("", True)}
     report = made.report()
     assert (report.copies, report.compared, report.same) == (2, 2, 1)
@@ -109,10 +122,10 @@ def test_a_copy_runs_last_and_at_nobodys_cost_and_is_compared(side: Side, runner
 
 def test_copies_beyond_the_queue_are_dropped(side: Side, runner: Callable[..., ShadowRunner]) -> None:
     made = runner(max_waiting=2)
-    made.offer("first", REQUEST, DONE)
+    made.offer("first", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: len(side.streams) == 1)  # it runs, so the queue is empty
     for number in range(5):
-        made.offer(f"r{number}", REQUEST, DONE)
+        made.offer(f"r{number}", CopiedGeneration(REQUEST, DONE))
     assert side.fates == ["dropped"] * 3
 
 
@@ -121,14 +134,14 @@ def test_copies_wait_while_a_caller_does_and_make_room_for_the_next(
 ) -> None:
     made = runner()
     presence.enter()
-    made.offer("r", REQUEST, DONE)
+    made.offer("r", CopiedGeneration(REQUEST, DONE))
     assert side.streams == []  # the caller of another request still waits
     presence.leave()
     side.until(lambda: len(side.streams) == 1)
     presence.enter()  # and the copy makes room
     side.until(lambda: side.fates == ["yielded"])
     presence.leave()
-    made.offer("again", REQUEST, DONE)
+    made.offer("again", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: len(side.streams) == 2)
     side.say(1, "abc", (1, 2, 3))
     side.until(lambda: len(side.found) == 1)
@@ -139,7 +152,7 @@ def test_with_processors_of_its_own_it_waits_for_nobody(
 ) -> None:
     made = runner(only_idle=False)
     presence.enter()
-    made.offer("r", REQUEST, DONE)
+    made.offer("r", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: len(side.streams) == 1)
     presence.enter()
     side.say(0, "abc", (1, 2, 3))
@@ -152,13 +165,13 @@ def test_trouble_is_counted_and_the_next_copy_runs(
 ) -> None:
     made = runner()
     side.refuses, side.is_ready = trouble == "refuses", trouble != "unready"
-    made.offer("r", REQUEST, DONE)
+    made.offer("r", CopiedGeneration(REQUEST, DONE))
     if trouble == "fails":
         side.until(lambda: len(side.streams) == 1)
         side.streams[0].fail(GenerationFailed("not finite"))
     side.until(lambda: side.fates == [fate])
     side.refuses, side.is_ready = False, True
-    made.offer("again", REQUEST, DONE)
+    made.offer("again", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: bool(side.streams) and side.requests[-1].prompt == "the")
     side.until(lambda: len(side.streams) == (2 if trouble == "fails" else 1))
     side.say(-1, "abc", (1, 2, 3))
@@ -168,11 +181,187 @@ def test_trouble_is_counted_and_the_next_copy_runs(
 def test_an_end_gives_up_what_runs_and_what_waits(side: Side, runner: Callable[..., ShadowRunner]) -> None:
     made = runner()
     for _ in range(3):
-        made.offer("r", REQUEST, DONE)
+        made.offer("r", CopiedGeneration(REQUEST, DONE))
     side.until(lambda: len(side.streams) == 1)
     made.close()
-    made.offer("late", REQUEST, DONE)
+    made.offer("late", CopiedGeneration(REQUEST, DONE))
     assert side.fates == ["yielded", "dropped"]
+
+
+# ---- models that do not generate -------------------------------------------------------------------------------------
+
+
+class Model:
+    """The least that a replica holds."""
+
+    capability = "predict"
+    is_alive = True
+    num_sequences = 0
+
+    def warm(self) -> None:
+        """It is warm."""
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Nothing is held."""
+
+
+class Way:
+    """A shadow's route with one replica."""
+
+    is_ready = True
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.lost: list[BaseException] = []
+        version = ModelVersion("m", 1, "", None, datetime(2026, 1, 1, tzinfo=UTC), (), {})
+        self.replica = Replica(version, EngineConfig(), LocalBackend(), lambda: None, id=1)
+        self.replica.load(lambda *_: Model())
+        self.replica.warm()
+        self.replica.open()
+
+    def generate(self, request: GenerationRequest) -> GenerationStream:
+        raise AssertionError("it does not generate")
+
+    def lease(self, *, block: bool) -> Lease:
+        assert not block
+        return Lease(self.replica, 1.0, self.clock, lambda _, error: self.lost.append(error))
+
+
+class Number:
+    """An answer."""
+
+    prompt_tokens, size = 0, 8
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def agreement(self, other: Answer) -> Agreement:
+        same = isinstance(other, Number) and other.value == self.value
+        return Agreement(float(same), same, "outputs")
+
+    def written(self) -> Written:
+        return Written.of(str(self.value))
+
+
+class Asked:
+    """A question whose answer the test gives."""
+
+    kind, tenant = "infer", "acme"
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self.future: Future[Number] = Future()
+        self.begun = threading.Event()
+        self.refusal: Exception | None = None
+
+    def begin(self, served: object) -> Asked:
+        assert isinstance(served, Model)
+        self.begun.set()
+        if self.refusal is not None:
+            raise self.refusal
+        return self
+
+    def result(self) -> Number:
+        try:
+            return self.future.result(30)
+        except CancelledError:
+            raise StreamClosed("given up") from None
+
+    def close(self) -> None:
+        self.future.cancel()
+
+    def written(self) -> Written:
+        return Written.of("?")
+
+    def copied(self, value: int = 1) -> CopiedQuestion:
+        return CopiedQuestion(self, Number(value), replace(DONE, latency_s=0.5))
+
+
+@pytest.fixture
+def way() -> Way:
+    return Way()
+
+
+@pytest.fixture
+def asking(way: Way, side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunner]]:
+    made: list[ShadowRunner] = []
+
+    def make(**fields: object) -> ShadowRunner:
+        runner = ShadowRunner(
+            "m",
+            Shadow("m", "2", 1.0, **fields),  # type: ignore[arg-type]
+            route=way,
+            presence=presence,
+            clock=way.clock,
+            on_comparison=lambda found: side.note(side.found, found),  # type: ignore[arg-type]
+            on_fate=lambda fate: side.note(side.fates, fate),  # type: ignore[arg-type]
+        )
+        made.append(runner)
+        return runner
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_question_is_asked_again_and_the_answers_are_compared(
+    way: Way, side: Side, asking: Callable[..., ShadowRunner]
+) -> None:
+    made = asking()
+    for caller, shadow in ((1, 1), (1, 2)):
+        asked = Asked()
+        made.offer("r", asked.copied(caller))
+        assert asked.begun.wait(30)
+        assert way.replica.in_flight == 1
+        way.clock.advance(0.25)
+        asked.future.set_result(Number(shadow))
+        side.until(lambda caller=caller, shadow=shadow: len(side.found) == caller + shadow - 1)
+        assert way.replica.in_flight == 0
+    report = made.report()
+    assert (report.compared, report.same, report.mean_agreement, report.measure) == (2, 1, 0.5, "outputs")
+    assert (report.mean_latency_s, report.mean_latency_ratio) == (0.25, 0.5)
+    assert [one.found.served_by for one in side.found] == ["m@1", "m@1"]
+
+
+def test_whatever_becomes_of_a_question_its_replica_is_free_again(
+    way: Way, side: Side, presence: Presence, asking: Callable[..., ShadowRunner]
+) -> None:
+    made = asking()
+    refused = Asked()
+    refused.refusal = InvalidInput("two features")
+    broken, lost, left = Asked(), Asked(), Asked()
+    for fates, asked in enumerate((refused, broken, lost, left), 1):
+        made.offer("r", asked.copied())
+        assert asked.begun.wait(30)
+        if asked is broken:
+            asked.future.set_exception(ArithmeticError("no number"))
+        elif asked is lost:
+            asked.future.set_exception(EngineClosed("gone"))
+        elif asked is left:
+            presence.enter()  # a caller comes
+        side.until(lambda fates=fates: len(side.fates) == fates)
+        assert way.replica.in_flight == 0
+    assert side.fates == ["failed", "failed", "failed", "yielded"]
+    assert [type(error) for error in way.lost] == [EngineClosed]
+
+
+def test_what_runs_at_the_end_is_given_up(way: Way, side: Side, asking: Callable[..., ShadowRunner]) -> None:
+    made, asked = asking(), Asked()
+    made.offer("r", asked.copied())
+    assert asked.begun.wait(30)
+    made.close()
+    assert (side.fates, way.replica.in_flight) == (["yielded"], 0)
+
+
+def test_large_copies_are_dropped_before_they_fill_the_memory(
+    way: Way, side: Side, presence: Presence, asking: Callable[..., ShadowRunner]
+) -> None:
+    made = asking()
+    presence.enter()  # so that they wait
+    for size in (40 * 2**20, 30 * 2**20, 20 * 2**20):
+        made.offer(f"r{size}", Asked(size).copied())
+    assert side.fates == ["dropped"]
+    made.close()
 
 
 # ---- an answer that changes its arm ----------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ class LogsBody(_Body):
     """PUT /api/deployments/{name}/logs."""
 
     share: float = Field(description="of requests that are logged to the lake; 0 for none")
-    text: bool = Field(False, description="keep prompts and answers, instead of lengths and hashes")
+    text: bool = Field(False, description="keep what was asked and answered, instead of lengths and hashes")
+    keep_days: int | None = Field(None, description="days until records are removed; as before if left out")
 
 
 class StickyBody(_Body):
@@ -110,6 +111,7 @@ class ArmsShown(BaseModel):
     shadow: dict[str, Any] | None
     log_share: float
     log_text: bool
+    log_keep_days: int
 
 
 def add_deployments(routes: APIRouter, gateway: Gateway) -> None:
@@ -193,8 +195,8 @@ def _add_arms(routes: APIRouter, gateway: Gateway) -> None:
 
     @routes.put("/api/deployments/{name}/logs", tags=["traffic"])
     def set_logs(name: str, body: LogsBody) -> ArmsShown:
-        """Which share of requests is logged, and whether with its text."""
-        return _shown(traffic.set_logs(name, body.share, text=body.text))
+        """Which share of requests is logged, whether with its text, and for how long."""
+        return _shown(traffic.set_logs(name, body.share, text=body.text, keep_days=body.keep_days))
 
 
 def _add_rollouts(routes: APIRouter, gateway: Gateway) -> None:
@@ -262,4 +264,5 @@ def _shown(policy: TrafficPolicy) -> ArmsShown:
         shadow=plain["shadow"],
         log_share=policy.logs.share,
         log_text=policy.logs.text,
+        log_keep_days=policy.logs.keep_days,
     )

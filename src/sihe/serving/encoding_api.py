@@ -20,6 +20,7 @@ from sihe.serving.bodies import request_id
 from sihe.serving.deadlines import Deadline, deadline_of
 from sihe.serving.disconnect import CLIENT_GONE, unless_gone
 from sihe.serving.encoding_protocol import EmbeddingsBody, RerankBody
+from sihe.serving.engine.encoder.exchange import Encoding, EncodingAnswer
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded, RerankRequest
 from sihe.serving.errors import StreamClosed, WrongCapability
 from sihe.serving.generation_api import ARM_HEADER, REQUEST_HEADER, SESSION_HEADER, VERSION_HEADER
@@ -96,7 +97,8 @@ async def _encoded(
 ) -> Encoded:
     """What the deployment makes of a request. Raises `StreamClosed` when the client has gone, and `DeadlineExceeded`:
     then what has not been computed is not any more."""
-    capability = "rerank" if isinstance(wanted, RerankRequest) else "embeddings"
+    question = Encoding(wanted)
+    capability = question.kind
 
     def begin(served: object) -> EncodeJob:
         if turn.deadline is not None:
@@ -104,6 +106,7 @@ async def _encoded(
         has = getattr(served, "capability", "generation")
         if has != capability:
             raise WrongCapability(name, wanted=capability, has=has)
+        turn.question = question
         return cast("Encoder", served).submit(wanted)
 
     try:
@@ -118,7 +121,7 @@ async def _encoded(
                     if turn.failed(error):
                         continue
                     raise turn.shown(error) from error
-            turn.finished()
+            turn.finished(EncodingAnswer(encoded, capability))
             return encoded
     finally:
         turn.left()

@@ -11,6 +11,7 @@ from sihe.core import terminal
 if TYPE_CHECKING:
     from sihe.serving.gateway.traffic.experiment import ExperimentReport, MetricReport
 
+_SHOWN = 200  # characters of an answer in a table: one of tensors may have thousands
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 _Name = Annotated[str, typer.Argument(help="A deployment.")]
 _Target = Annotated[str, typer.Argument(help="model@alias, model@3, or model for its newest version.")]
@@ -37,6 +38,8 @@ def arms(name: _Name, as_json: _Json = False) -> None:
         terminal.table(("arm", "weight"), [[arm, f"{weight:.1%}"] for arm, weight in policy.weights.items()])
     else:
         _show(report)
+    if policy.shadow is not None:
+        terminal.say(f"shadow {policy.shadow.target} gets copies of {policy.shadow.share:.0%}")
     if rollouts:
         latest = rollouts[0]
         where = f"step {latest.step + 1} of {len(latest.plan.steps)}, {latest.weight:.0%}" if latest.is_active else ""
@@ -141,15 +144,21 @@ def log(
     name: _Name,
     share: Annotated[float, typer.Argument(help="Share of requests to log; 0 ends it.")],
     text: Annotated[
-        bool, typer.Option("--text", help="Keep prompts and answers, instead of lengths and hashes.")
+        bool, typer.Option("--text", help="Keep what was asked and answered, instead of lengths and hashes.")
     ] = False,
+    keep_days: Annotated[
+        int | None, typer.Option(help="Days until records are removed; as before if left out, at first 30.")
+    ] = None,
 ) -> None:
     """Log a share of requests to the lake, for evaluation."""
     from sihe.serving.gateway.gateway import Gateway
 
     with terminal.workspace() as workspace:
-        Gateway(workspace).traffic.set_logs(name, share, text=text)
-    terminal.say(f"{share:.1%} of the requests to {name} are logged, {'with' if text else 'without'} their text")
+        policy = Gateway(workspace).traffic.set_logs(name, share, text=text, keep_days=keep_days)
+    terminal.say(
+        f"{share:.1%} of the requests to {name} are logged, {'with' if text else 'without'} their text; "
+        f"records are kept for {policy.logs.keep_days} days"
+    )
 
 
 def logs(
@@ -175,7 +184,7 @@ def logs(
             f"{row.prompt_tokens}+{row.completion_tokens}",
             f"{row.latency_s * 1000:.0f} ms",
             row.finish_reason or row.ending,
-            row.error or row.answer or "",
+            row.error or (row.answer or "")[:_SHOWN],
         ]
         for row in found
     ]

@@ -87,8 +87,13 @@ def router(console: Console) -> APIRouter:
         return _back(name, "arms")
 
     @routes.post("/{name}/logs")
-    def set_logs(name: str, share: Number, text: Annotated[bool, Form()] = False) -> Response:
-        gateway.traffic.set_logs(name, share / 100, text=text)
+    def set_logs(
+        name: str,
+        share: Number,
+        text: Annotated[bool, Form()] = False,
+        keep_days: Annotated[int | None, Form()] = None,
+    ) -> Response:
+        gateway.traffic.set_logs(name, share / 100, text=text, keep_days=keep_days)
         return _back(name, "logs")
 
     return routes

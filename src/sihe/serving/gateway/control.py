@@ -23,7 +23,7 @@ from sihe.serving.gateway.traffic.request_log import RequestRecord
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
-from sihe.serving.predictive.config import PredictiveConfig
+from sihe.serving.predictive.config import KIND, KIND_TAG, PredictiveConfig
 
 
 class TrafficControl:
@@ -82,17 +82,27 @@ class TrafficControl:
         """Sends copies of a `share` of requests to `target`; None ends that. Raises `NotFound`, `InvalidInput`."""
         if target is None:
             return self._change(name, lambda policy: replace(policy, shadow=None))
-        live = self._live(name)
-        capability = live.stable.capability if live is not None else None
-        if isinstance(self._deployments.get(name).settings, PredictiveConfig) or capability not in (None, "generation"):
-            raise InvalidInput(f"{name!r} does not generate, and only generating models have a shadow: use an arm")
-        model, selector = self._target(target)
+        is_predictive = isinstance(self._deployments.get(name).settings, PredictiveConfig)
+        version = self._workspace.tracking.resolve(target)
+        if (version.tags.get(KIND_TAG) == KIND) != is_predictive:
+            kind = "a predictive model" if is_predictive else "no predictive model"
+            raise InvalidInput(
+                f"{name!r} serves {kind}, and {target!r} is another kind: a shadow is asked what the deployment is, so "
+                "give it a version of the same kind"
+            )
+        model, _, selector = target.partition("@")
         shadow = Shadow(model, selector, share, only_idle=only_idle, max_waiting=max_waiting)
         return self._change(name, lambda policy: replace(policy, shadow=shadow))
 
-    def set_logs(self, name: str, share: float, *, text: bool = False) -> TrafficPolicy:
-        """Logs that share of requests, with their text or only lengths and hashes. Raises `NotFound`."""
-        return self._change(name, lambda policy: replace(policy, logs=LogPolicy(share, text=text)))
+    def set_logs(self, name: str, share: float, *, text: bool = False, keep_days: int | None = None) -> TrafficPolicy:
+        """Logs that share of requests, with their text or only lengths and hashes, and removes what was logged after so
+        many days (None: as before). Raises `NotFound`, `InvalidInput`."""
+
+        def changed(policy: TrafficPolicy) -> TrafficPolicy:
+            kept = policy.logs.keep_days if keep_days is None else keep_days
+            return replace(policy, logs=LogPolicy(share, text=text, keep_days=kept))
+
+        return self._change(name, changed)
 
     def set_sticky(self, name: str, sticky: Sticky, *, salt: str | None = None) -> TrafficPolicy:
         """By what senders stay on their arm; another `salt` deals them anew. Raises `NotFound`, `InvalidInput`."""

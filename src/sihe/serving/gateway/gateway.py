@@ -33,7 +33,7 @@ from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Move, Rollout, RolloutState, decide
 from sihe.serving.gateway.traffic.store import ExperimentStore
-from sihe.serving.gateway.traffic.types import Sender
+from sihe.serving.gateway.traffic.types import MAX_KEEP_DAYS, Sender
 from sihe.serving.gateway.turn import Turn
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
@@ -277,6 +277,7 @@ class Gateway:
                     self._update(deployment, rollouts.get(name))
                 except Exception as error:  # noqa: BLE001 - one deployment's trouble; the next poll tries again
                     self._log.error("deployment_not_followed", deployment=name, error=repr(error), exc_info=error)
+            self._tidy_log(wanted, faults)
             self._report()
 
     def _note_unreadable(self, faults: Mapping[str, Exception]) -> None:
@@ -284,6 +285,12 @@ class Gateway:
             if self._unreadable.get(name) != str(error):  # once, and not at every look
                 self._log.error("deployment_unreadable", deployment=name, error=str(error))
         self._unreadable = {name: str(error) for name, error in faults.items()}
+
+    def _tidy_log(self, wanted: Mapping[str, Deployment], faults: Mapping[str, Exception]) -> None:
+        """Lets logged requests go whose time is over. How long an unreadable deployment keeps its own is unknown."""
+        assert self._request_log is not None
+        keep_days = {name: deployment.traffic.logs.keep_days for name, deployment in wanted.items()}
+        self._request_log.tidy(dict.fromkeys(faults, MAX_KEEP_DAYS) | keep_days, self.workspace.clock.now())
 
     def _update(self, deployment: Deployment, rollout: Rollout | None) -> None:
         live = self._follow(deployment, rollout)

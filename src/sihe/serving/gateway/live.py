@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sihe.core.clock import Clock
@@ -22,19 +23,20 @@ from sihe.core.tracking import ModelVersion
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import DeadlineExceeded, NotReady
+from sihe.serving.gateway.bystanders import Bystanders, Sample
 from sihe.serving.gateway.replicas.adapters import FolderOf
 from sihe.serving.gateway.replicas.ports import Load
 from sihe.serving.gateway.route import Route
-from sihe.serving.gateway.traffic.assignment import draw, ranking
+from sihe.serving.gateway.traffic.assignment import ranking
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.handover import Handover
 from sihe.serving.gateway.traffic.metrics import TrafficMetrics
 from sihe.serving.gateway.traffic.outcome import Observation, Outcome
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
-from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
+from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Rollout, Sight
-from sihe.serving.gateway.traffic.shadow import Comparison, ShadowReport, ShadowRunner
+from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Sender, sticky_key
 from sihe.serving.gateway.turn import Aside, Turn
@@ -53,8 +55,7 @@ class _Passage:
     until_s: float | None  # by the clock: an answer that changes its arm gets no more time for it
     counts: bool  # for its arm: not when another one failed it first
     experiment: Experiment
-    is_logged: bool
-    is_copied: bool
+    sample: Sample
 
 
 class LiveDeployment:
@@ -76,7 +77,6 @@ class LiveDeployment:
         self._adapter_folder = adapter_folder
         self._load = load
         self._experiments = experiments
-        self._request_log = log
         self._metrics = metrics
         self._presence = presence
         self._clock = clock
@@ -86,7 +86,15 @@ class LiveDeployment:
         self._routes: dict[str, Route] = {STABLE: self._new_route(deployment)}
         self._aims: dict[Route, tuple[object, ...]] = {}
         self._unready_since_s: dict[str, float] = {}
-        self._shadow: ShadowRunner | None = None
+        self._bystanders = Bystanders(
+            self.name,
+            deployment.traffic,
+            log=log,
+            metrics=metrics,
+            presence=presence,
+            clock=clock,
+            note_outcome=self.note_outcome,
+        )
         self._experiment = experiments.latest(self.name) or Experiment(
             self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
         )
@@ -120,7 +128,7 @@ class LiveDeployment:
     ) -> GenerationStream:
         """Starts a request on its arm, or on the stable one. Raises `NotReady`, and what the engine raises."""
         sender = sender or Sender(new_id("req"))
-        policy, experiment, shadow = self._deployment.traffic, self._experiment, self._shadow
+        experiment = self._experiment
         key, arm = self._dealt(sender, request.tenant, experiment)
         passage = _Passage(
             sender,
@@ -130,9 +138,7 @@ class LiveDeployment:
             None if timeout_s is None else self._clock.monotonic_s() + timeout_s,
             counts=True,
             experiment=experiment,
-            is_logged=draw(sender.request_id, salt="log") < policy.logs.share,
-            is_copied=shadow is not None
-            and draw(sender.request_id, salt="shadow", name=self.name) < shadow.shadow.share,
+            sample=self._bystanders.sample(sender.request_id),
         )
         if passage.arm == STABLE:
             return self._on_stable(passage)
@@ -170,7 +176,18 @@ class LiveDeployment:
         if version is not None:
             arm = self._arm_of(version)
         name = feedback_name(sender.request_id, tenant)
-        return Turn(self, experiment, arm, key, name=name, weight=weight, counts=version is None, clock=self._clock)
+        sample = self._bystanders.sample(sender.request_id)
+        return Turn(
+            self,
+            experiment,
+            arm,
+            key,
+            name=name,
+            weight=weight,
+            counts=version is None,
+            clock=self._clock,
+            hear=partial(self._bystanders.hear, sample, sender) if sample else None,
+        )
 
     def aside(self, version: int | None = None) -> Turn:
         """The way of work that is no request to the model, such as asking what it takes: on the stable arm, or on the
@@ -234,7 +251,7 @@ class LiveDeployment:
             self._clock,
             started_s,
             end,
-            keeps_text=passage.is_logged or passage.is_copied,
+            keeps_text=bool(passage.sample),
         )
         stream.watch(observe)
 
@@ -247,11 +264,8 @@ class LiveDeployment:
         if passage.counts:
             passage.experiment.record(passage.arm, outcome, cluster, passage.key)
         self.note_outcome(passage.arm, outcome)
-        if passage.is_logged:
-            self._request_log.offer(self._entry(passage.sender, passage.arm, served_by, passage.request, outcome))
-        shadow = self._shadow
-        if passage.is_copied and shadow is not None and outcome.ending == "finished":
-            shadow.offer(passage.sender.request_id, passage.request, outcome)
+        if passage.sample:
+            self._bystanders.hear(passage.sample, passage.sender, passage.arm, served_by, passage.request, outcome)
 
     def note_outcome(self, arm: str, outcome: Outcome) -> None:
         """What became of a request on its arm, for those who watch."""
@@ -266,28 +280,6 @@ class LiveDeployment:
     def note_rerouted(self, arm: str) -> None:
         """The stable arm answers for `arm`."""
         self._metrics.rerouted.labels(self.name, arm).inc()
-
-    def _entry(
-        self,
-        sender: Sender,
-        arm: str,
-        served_by: str,
-        request: GenerationRequest,
-        outcome: Outcome,
-        agreement: float | None = None,
-    ) -> LogEntry:
-        return LogEntry(
-            self._clock.now(),
-            sender.request_id,
-            self.name,
-            arm,
-            served_by,
-            sender.session,
-            request,
-            outcome,
-            self._deployment.traffic.logs.text,
-            agreement,
-        )
 
     # ---- following --------------------------------------------------------------------------------------------------
 
@@ -312,7 +304,7 @@ class LiveDeployment:
             self._aims.pop(route, None)
         self._deployment = deployment
         self._routes = routes
-        self._renew_shadow(deployment)
+        self._bystanders.follow(deployment.traffic, routes.get(SHADOW))
         self._note_readiness()
         self._renew_experiment(wants)
         self._sample()
@@ -338,35 +330,6 @@ class LiveDeployment:
                 routes[STABLE], routes[arm] = route, routes[STABLE]
                 self._log.info("arm_adopted", arm=arm, version=versions[STABLE].version)
                 return
-
-    def _renew_shadow(self, deployment: Deployment) -> None:
-        wanted = deployment.traffic.shadow
-        current = self._shadow
-        if current is not None and current.shadow == wanted and self._routes.get(SHADOW) is not None:
-            return
-        if current is not None:
-            self._shadow = None
-            current.close()
-        if wanted is None:
-            return
-        route = self._routes[SHADOW]
-        self._shadow = ShadowRunner(
-            self.name,
-            wanted,
-            start=route.generate,
-            is_ready=lambda: route.is_ready,
-            presence=self._presence,
-            clock=self._clock,
-            on_comparison=self._note_comparison,
-            on_fate=lambda fate: self._metrics.copies.labels(self.name, fate).inc(),
-        )
-
-    def _note_comparison(self, found: Comparison) -> None:
-        if self._deployment.traffic.logs.share > 0:
-            sender = Sender(found.request_id)
-            self._request_log.offer(
-                self._entry(sender, SHADOW, found.served_by, found.request, found.shadow, found.agreement)
-            )
 
     def _sample(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -438,7 +401,7 @@ class LiveDeployment:
 
     def shadow_report(self) -> ShadowReport | None:
         """What the shadow's copies have shown; None without a shadow."""
-        return self._shadow.report() if self._shadow is not None else None
+        return self._bystanders.report()
 
     def save(self) -> None:
         """Stores what the arms were measured by, if there is news."""
@@ -453,9 +416,7 @@ class LiveDeployment:
         The stable one goes last, as it answers for the others; the time is that of all together.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        shadow = self._shadow
-        if shadow is not None:
-            shadow.close()
+        self._bystanders.close()
         others = [route for arm, route in self._routes.items() if arm != STABLE]
         threads = [
             threading.Thread(target=route.close, kwargs={"drain": drain, "timeout_s": timeout_s}, name="close arm")

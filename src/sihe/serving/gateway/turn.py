@@ -9,7 +9,7 @@ The arm is charged with what it failed, and with what it refused and the stable 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from sihe.core.clock import Clock
@@ -17,6 +17,7 @@ from sihe.core.errors import Busy, TimedOut, UserError
 from sihe.core.telemetry import logger
 from sihe.serving.deadlines import Deadline
 from sihe.serving.errors import NotReady
+from sihe.serving.exchange import Answer, Question
 from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.lease import Lease
 from sihe.serving.gateway.replicas.ports import Served
@@ -27,6 +28,8 @@ from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.types import STABLE
 
 T = TypeVar("T")
+Hear = Callable[[str, str, Question, Outcome, Answer | None], None]
+"""Hears of a request that has ended: on which arm, by which version, what was asked, and what became of it."""
 
 
 class Arms(Protocol):
@@ -98,6 +101,9 @@ class Turn:
     replica, and `has_own_limit` where that time stands in the request. After `start` exactly one of `finished`,
     `failed` and `left` is called, and `start` again where `failed` says so; `left` may be called at any time, also when
     it is over, and does nothing then.
+
+    With `hear`, somebody beside the path wants to know of it: then the work says what its `question` is, as soon as it
+    has read it, and `finished` what the answer.
     """
 
     def __init__(
@@ -111,8 +117,10 @@ class Turn:
         weight: float,
         counts: bool,
         clock: Clock,
+        hear: Hear | None = None,
     ) -> None:
         self.arm = arm
+        self.question: Question | None = None
         self.deadline: Deadline | None = None
         self.has_own_limit = False
         self._arms = arms
@@ -122,6 +130,7 @@ class Turn:
         self._weight = weight
         self._counts = counts
         self._clock = clock
+        self._hear = hear
         self._route: Route | None = None
         self._lease: Lease | None = None
         self._tried: set[int] = set()
@@ -129,7 +138,12 @@ class Turn:
         self._cluster = 0
         self._began_s: float | None = None  # None: not begun, or over
         self._was_moved = False  # to the stable arm, for which it then does not count
-        self._refusal: tuple[str, UserError, float] | None = None  # of another arm, which the stable one may not share
+        self._refusal: _Refusal | None = None  # of another arm, which the stable one may not share
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody beside the path wants to know the answer."""
+        return self._hear is not None
 
     def start(self, work: Callable[[Served], T], *, block: bool = True) -> T:
         """What `work` gives for what a replica of the arm holds; on the stable arm where this one cannot.
@@ -169,11 +183,11 @@ class Turn:
         finally:
             self.left()
 
-    def finished(self) -> None:
+    def finished(self, answer: Answer | None = None) -> None:
         """The answer is there."""
         if self._lease is not None:
             self._lease.end()
-        self._end("finished", None)
+        self._end("finished", None, answer)
 
     def failed(self, error: BaseException) -> bool:
         """It ended with `error`; whether it is to be started again. If not it is over, and its caller gets `shown`."""
@@ -232,39 +246,47 @@ class Turn:
             return False
         culprit = self._first_cause(error)
         if isinstance(culprit, UserError):
-            self._refusal = (self.arm, culprit, self._spent_s())
+            self._refusal = _Refusal(self.arm, self._served_by(), culprit, self._spent_s())
         elif not isinstance(culprit, NotReady | Busy):
             logger("serving").warning("arm_failed", deployment=self._arms.name, arm=self.arm, error=repr(culprit))
-            self._note(self.arm, self._outcome("failed", culprit, self._spent_s()), counts=self._counts)
+            outcome = self._outcome("failed", culprit, self._spent_s())
+            self._note(self.arm, self._served_by(), outcome, counts=self._counts)
         self._arms.note_rerouted(self.arm)
         self.arm, self._was_moved, self._tried, self._lost = STABLE, True, set(), None
         self._experiment.begin(self._name, self.arm, self._key)  # feedback is about the answer that came
         return True
 
-    def _end(self, ending: Ending, error: BaseException | None) -> None:
+    def _end(self, ending: Ending, error: BaseException | None, answer: Answer | None = None) -> None:
         if self._began_s is None:
             return
         spent_s, self._began_s = self._spent_s(), None
         self._arms.presence.leave()
         if ending == "finished" and self._refusal is not None:
-            arm, refusal, refused_s = self._refusal
-            self._note(arm, self._outcome("failed", refusal, refused_s), counts=self._counts)
+            refusal = self._refusal
+            outcome = self._outcome("failed", refusal.error, refusal.spent_s)
+            self._note(refusal.arm, refusal.served_by, outcome, counts=self._counts)
         if error is not None:
             error = self._first_cause(error)
         if isinstance(error, TimedOut) and (self.has_own_limit or self.deadline is not None):
             ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
         if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
-            self._note(self.arm, self._outcome(ending, error, spent_s), counts=self._counts and not self._was_moved)
+            outcome = self._outcome(ending, error, spent_s)
+            if answer is not None:
+                outcome = replace(outcome, prompt_tokens=answer.prompt_tokens)
+            counts = self._counts and not self._was_moved
+            self._note(self.arm, self._served_by(), outcome, counts=counts, answer=answer)
 
     def _first_cause(self, error: BaseException) -> BaseException:
         """What an error comes of: where a replica was lost, and no other one took the request, that is the loss."""
         return self._lost if self._lost is not None and isinstance(error, NotReady | Busy) else error
 
-    def _note(self, arm: str, outcome: Outcome, *, counts: bool) -> None:
+    def _note(self, arm: str, served_by: str, outcome: Outcome, *, counts: bool, answer: Answer | None = None) -> None:
         try:
             if counts:
                 self._experiment.record(arm, outcome, self._cluster, self._key)
             self._arms.note_outcome(arm, outcome)
+            if self._hear is not None and self.question is not None:
+                self._hear(arm, served_by, self.question, outcome, answer)
         except Exception as error:  # noqa: BLE001 - what is lost is a measurement
             logger("serving").error("measurement_lost", deployment=self._arms.name, error=repr(error))
 
@@ -272,5 +294,16 @@ class Turn:
         said = None if error is None else f"{type(error).__name__}: {error}"
         return Outcome(ending, None, said, 0, 0, None, spent_s)
 
+    def _served_by(self) -> str:
+        return "" if self._lease is None else self._lease.served_by
+
     def _spent_s(self) -> float:
         return 0.0 if self._began_s is None else self._clock.monotonic_s() - self._began_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    arm: str
+    served_by: str
+    error: UserError
+    spent_s: float

@@ -27,7 +27,9 @@ from sihe.serving.bodies import read_body, request_id
 from sihe.serving.deadlines import Deadline, deadline_of
 from sihe.serving.disconnect import CLIENT_GONE, unless_gone
 from sihe.serving.errors import NotReady, StreamClosed
+from sihe.serving.exchange import Answer, Question
 from sihe.serving.predictive.bodies import MAX_BODY_BYTES, compressed, decompressed
+from sihe.serving.predictive.exchange import Inference, Inferred
 from sihe.serving.predictive.ports import ServedModel
 from sihe.serving.predictive.predictor import Predictor
 from sihe.serving.predictive.protocol import (
@@ -62,6 +64,12 @@ class Turning(Protocol):
     arm: str
     deadline: Deadline | None
     has_own_limit: bool
+    question: Question | None
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody wants to know the answer."""
+        ...
 
     def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
         """What `work` gives for what a replica holds; without `block` it waits for none that is on its way."""
@@ -71,7 +79,7 @@ class Turning(Protocol):
         """`start` and `finished` in one, where what `work` gives is the answer."""
         ...
 
-    def finished(self) -> None:
+    def finished(self, answer: Answer | None = None) -> None:
         """The answer is there."""
         ...
 
@@ -281,6 +289,7 @@ async def _infer(
             left_s=None if deadline is None else deadline.left_s(is_whole=True),
         )
         turn.has_own_limit = parsed.request.timeout_s is not None
+        turn.question = Inference(parsed.request, predictor.description, tenant)
         return _Begun(predictor, parsed, predictor.submit(parsed.request))
 
     try:
@@ -299,7 +308,7 @@ async def _infer(
                 if (shown := turn.shown(error)) is error:
                     raise
                 raise shown from error
-            turn.finished()
+            turn.finished(Inferred.of(result, begun.predictor.description) if turn.is_heard else None)
             response.headers[ARM_HEADER], response.headers[REQUEST_HEADER] = turn.arm, named
             return response
     finally:

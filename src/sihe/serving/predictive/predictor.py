@@ -22,6 +22,7 @@ from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import InvalidInput, UserError
 from sihe.core.telemetry import logger
 from sihe.serving.errors import EngineClosed, EngineDead, Expired, InferenceFailed, QueueFull
+from sihe.serving.predictive.agreement import NEAR
 from sihe.serving.predictive.batching import Batch, BatchPolicy, BatchQueue, Item
 from sihe.serving.predictive.config import PredictiveConfig
 from sihe.serving.predictive.pending import Pending, joined, named, split
@@ -30,9 +31,6 @@ from sihe.serving.predictive.types import Array, InferenceRequest, InferenceResu
 
 _LARGE_BYTES = 2**20  # of the inputs of a request, from which on it is asked how much memory they hold together
 _MAX_WAITING_BYTES = 2**30
-# How far an answer alone and one beside another row may lie apart: kernels sum in another order for another number of
-# rows. Types of half the width have 8 to 11 bits.
-_SAME = {"FP64": 1e-4, "FP32": 1e-3, "FP16": 2e-2, "BF16": 2e-2}
 
 
 class Predictor:
@@ -152,7 +150,7 @@ class Predictor:
         first = {name: array[:1] for name, array in self._example.items()}
         together, alone, again = self._ask(both), self._ask(first), self._ask(first)
         for spec in self.description.outputs:
-            near = _SAME.get(spec.datatype)
+            near = NEAR.get(spec.datatype)
             if near is None or not _is_near(alone[spec.name], again[spec.name], near):
                 continue
             if not _is_near(alone[spec.name], together[spec.name][:1], near):

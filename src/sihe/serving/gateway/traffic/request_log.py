@@ -2,22 +2,23 @@
 
 Which requests are logged follows from their id alone, so that every process and every repetition chooses the same. A
 record is put into a buffer of fixed length; a thread writes the buffer out in batches. When the disk is full, or the
-buffer is, records are dropped and counted, and serving goes on.
+buffer is, records are dropped and counted, and serving goes on. The same thread removes what has been kept for long
+enough (`retention`).
 
 Text is kept only where the deployment's policy says so. Otherwise a record has its length and a keyed hash, by which
-equal texts are found equal, and which nobody without the home's key can guess texts by.
+equal texts are found equal, and which nobody without the home's key can guess texts by. Of models that do not generate
+the text is the JSON of inputs and outputs, cut where they are large.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,10 @@ from sihe.core.errors import NotFound
 from sihe.core.files import write_file
 from sihe.core.telemetry import logger
 from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.exchange import Answer, Question, Written
+from sihe.serving.gateway.traffic import retention
 from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.wording import size_of, wording_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +42,12 @@ _MAX_BUFFERED = 10_000
 _MAX_BUFFERED_CHARACTERS = 64 * 2**20
 _BATCH = 2_000
 _EVERY_S = 15.0  # each batch is a commit and a file: fewer, larger ones read faster
+# The table's log quotes the smallest and largest value of each column, which no removal of rows reaches: not of texts.
+# And it forgets its entries after a week, as the rows of old versions are purged anyway.
+_PROPERTIES = {
+    "delta.dataSkippingStatsColumns": "time,deployment,arm,version",
+    "delta.logRetentionDuration": "interval 7 days",
+}
 Fate = Literal["written", "dropped"]
 
 
@@ -45,6 +55,8 @@ Fate = Literal["written", "dropped"]
 class RequestRecord:
     """One row. Times are seconds; `prompt` and `answer` are null unless the policy keeps text.
 
+    Of a model that does not generate (`kind` is `infer`, `embeddings` or `rerank`) `prompt` and `answer` are JSON of
+    what went in and came out, and the two lengths count characters of texts and bytes of tensors.
     A shadow's answer is a row of its own, with the request's id, the arm `shadow`, and how far it agreed.
     """
 
@@ -64,7 +76,7 @@ class RequestRecord:
     answer_characters: int
     answer_hash: str
     answer: str | None
-    temperature: float
+    temperature: float | None
     max_tokens: int | None
     ending: str
     finish_reason: str | None
@@ -84,17 +96,22 @@ class LogEntry:
     arm: str
     version: str
     session: str | None
-    request: GenerationRequest
+    request: GenerationRequest | Question
     outcome: Outcome
     keeps_text: bool
     agreement: float | None = None
+    answer: Answer | None = None  # of a model that does not generate; others have it in their outcome
 
     @property
     def size(self) -> int:
-        """About how many characters it holds."""
-        prompt = self.request.prompt or ()
-        messages = self.request.messages or ()
-        return len(prompt) + sum(len(item.content or "") for item in messages) + len(self.outcome.text or "")
+        """About how many characters, or bytes, it holds."""
+        return size_of(self.request, self.outcome, self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tidying:
+    keep_days: Mapping[str, int]
+    now: datetime
 
 
 class RequestLog:
@@ -119,6 +136,8 @@ class RequestLog:
         self._key: bytes | None = None
         self._closing = False
         self._flushes = 0
+        self._tidying: _Tidying | None = None
+        self._tidied: datetime | None = None
         self._thread: threading.Thread | None = None
 
     def offer(self, entry: LogEntry) -> None:
@@ -129,16 +148,28 @@ class RequestLog:
             if fits and not self._closing:
                 self._buffer.append(entry)
                 self._characters += size
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
-                    self._thread.start()
+                self._begin()
                 if self._is_due():
                     self._changed.notify_all()
                 return
         self._on_fate("dropped", 1)
 
+    def tidy(self, keep_days: Mapping[str, int], now: datetime) -> None:
+        """Removes what has been kept long enough, by each deployment's `keep_days`; at most once an hour. Returns at
+        once."""
+        if self._tidied is not None and timedelta(0) <= now - self._tidied < retention.EVERY:
+            return
+        self._tidied = now
+        if not (self._folder / TABLE / "_delta_log").is_dir():
+            return  # nothing was ever logged here
+        with self._changed:
+            if not self._closing:
+                self._tidying = _Tidying(dict(keep_days), now)
+                self._begin()
+                self._changed.notify_all()
+
     def flush(self) -> None:
-        """Blocks until what was offered before is written, or dropped."""
+        """Blocks until what was offered before is written, or dropped, and a `tidy` before is done."""
         with self._changed:
             if self._thread is None:
                 return
@@ -154,6 +185,12 @@ class RequestLog:
         if self._thread is not None:
             self._thread.join()
 
+    def _begin(self) -> None:
+        """Under the condition: the thread is there from the first work on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
+            self._thread.start()
+
     # ---- the writer's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -162,9 +199,12 @@ class RequestLog:
                 self._changed.wait_for(self._is_due, self._every_s)
                 batch, self._buffer = list(self._buffer), deque()
                 self._characters = 0
+                tidying, self._tidying = self._tidying, None
                 last, flushes = self._closing, self._flushes
             if batch:
                 self._write(batch)
+            if tidying is not None and not last:
+                self._tidy(tidying)
             with self._changed:
                 self._flushes -= flushes
                 self._changed.notify_all()
@@ -173,7 +213,7 @@ class RequestLog:
 
     def _is_due(self) -> bool:
         is_large = len(self._buffer) >= _BATCH or self._characters >= _MAX_BUFFERED_CHARACTERS // 2
-        return self._closing or self._flushes > 0 or is_large
+        return self._closing or self._flushes > 0 or self._tidying is not None or is_large
 
     def _write(self, batch: list[LogEntry]) -> None:
         try:
@@ -181,38 +221,52 @@ class RequestLog:
 
             if self._key is None:
                 self._key = _home_key(self._folder.parent / KEY_FILE)
-            records = [_record(entry, self._key) for entry in batch]
-            Lake(self._folder).table(TABLE).append(_table(records))
+            records = [record for entry in batch if (record := self._recorded(entry, self._key)) is not None]
+            Lake(self._folder).table(TABLE).append(_table(records), properties=_PROPERTIES)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the lake, requests are answered
             self._log.warning("request_log_dropped", records=len(batch), error=repr(error))
             self._on_fate("dropped", len(batch))
         else:
-            self._on_fate("written", len(batch))
+            self._on_fate("written", len(records))
+            if len(records) < len(batch):
+                self._on_fate("dropped", len(batch) - len(records))
+
+    def _recorded(self, entry: LogEntry, key: bytes) -> RequestRecord | None:
+        try:
+            return _record(entry, key)
+        except Exception as error:  # noqa: BLE001 - what cannot be written down takes no others with it
+            self._log.warning("request_not_recorded", request=entry.request_id, error=repr(error))
+            return None
+
+    def _tidy(self, tidying: _Tidying) -> None:
+        try:
+            if retention.remove_expired(self._folder, TABLE, tidying.keep_days, tidying.now):
+                self._log.info("request_log_tidied", until=tidying.now.isoformat())
+        except Exception as error:  # noqa: BLE001 - as above; it is tried again in an hour
+            self._log.warning("request_log_not_tidied", error=repr(error))
 
 
 def _record(entry: LogEntry, key: bytes) -> RequestRecord:
-    request, outcome = entry.request, entry.outcome
-    kind, prompt = _prompt_text(request)
-    answer = outcome.text or ""
+    outcome, said = entry.outcome, wording_of(entry.request, entry.outcome, entry.answer)
     return RequestRecord(
         time=entry.time,
         request_id=entry.request_id,
         deployment=entry.deployment,
         arm=entry.arm,
         version=entry.version,
-        tenant=request.tenant,
-        session=_hash(entry.session, key) if entry.session else "",
-        kind=kind,
+        tenant=entry.request.tenant,
+        session=_hash(Written.of(entry.session).whole, key) if entry.session else "",
+        kind=said.kind,
         prompt_tokens=outcome.prompt_tokens,
         completion_tokens=outcome.completion_tokens,
-        prompt_characters=len(prompt),
-        prompt_hash=_hash(prompt, key),
-        prompt=_storable(prompt) if entry.keeps_text else None,
-        answer_characters=len(answer),
-        answer_hash=_hash(answer, key),
-        answer=_storable(answer) if entry.keeps_text else None,
-        temperature=request.temperature,
-        max_tokens=request.max_tokens,
+        prompt_characters=said.prompt.size,
+        prompt_hash=_hash(said.prompt.whole, key),
+        prompt=_storable(said.prompt.text) if entry.keeps_text else None,
+        answer_characters=said.answer.size,
+        answer_hash=_hash(said.answer.whole, key),
+        answer=_storable(said.answer.text) if entry.keeps_text else None,
+        temperature=said.temperature,
+        max_tokens=said.max_tokens,
         ending=outcome.ending,
         finish_reason=outcome.finish_reason,
         error=_storable(outcome.error[:500]) if outcome.error else None,
@@ -222,24 +276,17 @@ def _record(entry: LogEntry, key: bytes) -> RequestRecord:
     )
 
 
-def _hash(text: str, key: bytes) -> str:
+def _hash(whole: Sequence[bytes], key: bytes) -> str:
     """What stands for a text that is not kept."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=key, digest_size=16).hexdigest()
+    found = hashlib.blake2b(key=key, digest_size=16)
+    for part in whole:
+        found.update(part)
+    return found.hexdigest()
 
 
 def _storable(text: str) -> str:
     """The text without halves of surrogate pairs, which JSON may bring and UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _prompt_text(request: GenerationRequest) -> tuple[str, str]:
-    """The kind of a request and its prompt as text: JSON of messages, or of token ids."""
-    if request.messages is not None:
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        return "chat", json.dumps(messages, ensure_ascii=False)
-    if isinstance(request.prompt, str):
-        return "completion", request.prompt
-    return "completion", json.dumps(list(request.prompt or ()))
 
 
 def read(
@@ -255,7 +302,7 @@ def read(
     from sihe.data.lake.lake import Lake
 
     conditions = [
-        f"{column} = '{value.replace(chr(39), chr(39) * 2)}'"
+        f"{column} = {retention.quoted(value)}"
         for column, value in (("deployment", deployment), ("arm", arm))
         if value is not None
     ]
@@ -265,7 +312,7 @@ def read(
             times = table.read(columns=["time"], where=" AND ".join(conditions) or None)["time"]
             if len(times) > limit:
                 oldest = pc.select_k_unstable(times, limit, [("", "descending")])[-1].as_py()
-                conditions.append(f"time >= '{times[oldest].as_py().isoformat(timespec='microseconds')}'")
+                conditions.append(f"time >= {retention.moment(times[oldest].as_py())}")
         rows = table.read(where=" AND ".join(conditions) or None)
     except NotFound:
         return []

@@ -1,7 +1,8 @@
 """Copies of requests for a version that nobody waits for: what it would have answered, beside what was answered.
 
 A copy is made when the caller's own answer is whole, waits in a queue of fixed length, and runs at the lowest priority
-and at nobody's cost. What does not fit is dropped and counted. Nothing here raises or waits in a caller's path.
+and at nobody's cost. What does not fit is dropped and counted. Nothing here raises or waits in a caller's path. What a
+copy is, and how its answer is compared, depends on the kind of model (`copies`).
 """
 
 from __future__ import annotations
@@ -9,38 +10,38 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sihe.core.clock import Clock
 from sihe.core.telemetry import logger
-from sihe.serving.engine.stream import GenerationStream
-from sihe.serving.engine.types import MAX_PRIORITY, GenerationRequest
 from sihe.serving.errors import StreamClosed
-from sihe.serving.gateway.traffic.outcome import Observation, Outcome
+from sihe.serving.exchange import Measure
+from sihe.serving.gateway.traffic.copies import Copied, Found, Running, ShadowRoute
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.types import Shadow
 
 Fate = Literal["compared", "failed", "yielded", "dropped"]
 _MAX_AGE_S = 120.0  # a copy that has waited longer says nothing about the same load
+_MAX_WAITING_BYTES = 64 * 2**20  # of tensors and texts that wait for the shadow
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A caller's answer and the shadow's to the same request. `agreement` is the share of tokens before they part."""
+    """A caller's request, and how the shadow answered it."""
 
     request_id: str
-    request: GenerationRequest
-    served_by: str
-    caller: Outcome
-    shadow: Outcome
-    is_same: bool
-    agreement: float
+    copied: Copied
+    found: Found
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowReport:
-    """What has become of copies since this process began to make them."""
+    """What has become of copies since this process began to make them.
+
+    `mean_agreement` is of a `measure` that suits the model (`exchange.Agreement`); both are None before the first
+    comparison, and so is `mean_latency_s`, of the shadow's answers.
+    """
 
     copies: int
     compared: int
@@ -50,21 +51,22 @@ class ShadowReport:
     same: int
     mean_agreement: float | None
     mean_latency_ratio: float | None
+    measure: Measure | None = None
+    mean_latency_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
     request_id: str
-    request: GenerationRequest
-    outcome: Outcome
+    copied: Copied
+    size: int
     made_s: float
 
 
 class ShadowRunner:
     """Runs copies one after another on a thread of its own.
 
-    `start` sends a request to the shadow's version and `is_ready` says whether that can serve. `on_comparison` gets
-    each result, on this thread.
+    `route` is that of the shadow's version. `on_comparison` gets each result, on this thread.
     """
 
     def __init__(
@@ -72,16 +74,14 @@ class ShadowRunner:
         name: str,
         shadow: Shadow,
         *,
-        start: Callable[[GenerationRequest], GenerationStream],
-        is_ready: Callable[[], bool],
+        route: ShadowRoute,
         presence: Presence,
         clock: Clock,
         on_comparison: Callable[[Comparison], None],
         on_fate: Callable[[Fate], None],
     ) -> None:
         self.shadow = shadow
-        self._start = start
-        self._is_ready = is_ready
+        self._route = route
         self._presence = presence
         self._clock = clock
         self._on_comparison = on_comparison
@@ -89,25 +89,30 @@ class ShadowRunner:
         self._log = logger("serving").bind(deployment=name)
         self._changed = threading.Condition()
         self._waiting: deque[_Copy] = deque()
-        self._running: GenerationStream | None = None
+        self._waiting_bytes = 0
+        self._running: Running | None = None
         self._closing = False
         self._fates: dict[Fate, int] = {"compared": 0, "failed": 0, "yielded": 0, "dropped": 0}
         self._same = 0
         self._agreement = 0.0
         self._latency_ratio = 0.0
+        self._latency_s = 0.0
+        self._measure: Measure | None = None
         self._stop_watching = presence.watch(self._step_back, self._wake)
         self._thread = threading.Thread(target=self._run, name=f"shadow {name}", daemon=True)
         self._thread.start()
 
-    def offer(self, request_id: str, request: GenerationRequest, outcome: Outcome) -> None:
+    def offer(self, request_id: str, copied: Copied) -> None:
         """Takes a copy of a request that has been answered; drops it when the queue is full. Returns at once."""
-        copy = replace(request, priority=MAX_PRIORITY, tenant="")
+        size = copied.size
         with self._changed:
-            is_full = self._closing or len(self._waiting) >= self.shadow.max_waiting
-            if not is_full:
-                self._waiting.append(_Copy(request_id, copy, outcome, self._clock.monotonic_s()))
+            fits = len(self._waiting) < self.shadow.max_waiting and self._waiting_bytes + size <= _MAX_WAITING_BYTES
+            is_taken = fits and not self._closing
+            if is_taken:
+                self._waiting.append(_Copy(request_id, copied, size, self._clock.monotonic_s()))
+                self._waiting_bytes += size
                 self._changed.notify_all()
-        if is_full:
+        if not is_taken:
             self._note("dropped")
 
     def report(self) -> ShadowReport:
@@ -123,6 +128,8 @@ class ShadowRunner:
                 same=self._same,
                 mean_agreement=self._agreement / compared if compared else None,
                 mean_latency_ratio=self._latency_ratio / compared if compared else None,
+                measure=self._measure,
+                mean_latency_s=self._latency_s / compared if compared else None,
             )
 
     def close(self) -> None:
@@ -156,7 +163,7 @@ class ShadowRunner:
     def _run(self) -> None:
         while (copy := self._next()) is not None:
             try:
-                if self._clock.monotonic_s() - copy.made_s > _MAX_AGE_S or not self._is_ready():
+                if self._clock.monotonic_s() - copy.made_s > _MAX_AGE_S or not self._route.is_ready:
                     self._note("dropped")
                 else:
                     self._compare(copy)
@@ -170,48 +177,34 @@ class ShadowRunner:
         with self._changed:
             while not self._closing:
                 if self._waiting and (self._presence.is_idle or not self.shadow.only_idle):
-                    return self._waiting.popleft()
+                    copy = self._waiting.popleft()
+                    self._waiting_bytes -= copy.size
+                    return copy
                 self._changed.wait()
             return None
 
     def _compare(self, copy: _Copy) -> None:
-        outcomes: list[Outcome] = []
-        started_s = self._clock.monotonic_s()
-        with self._start(copy.request) as stream:
-            self._running = stream
-            stream.watch(Observation(self._clock, started_s, outcomes.append, keeps_text=True))
-            try:
-                # Who came between the look and here has not been seen by `_step_back`.
-                if self._closing or (self.shadow.only_idle and not self._presence.is_idle):
-                    raise StreamClosed("a caller has come")
-                stream.result()
-            finally:
-                self._running = None
-        mine, other = outcomes[0], copy.outcome
-        agreement = _agreement(other, mine)
-        comparison = Comparison(
-            copy.request_id, copy.request, stream.served_by, other, mine, agreement == 1.0, agreement
-        )
+        running = copy.copied.start(self._route, self._clock)
+        try:
+            self._running = running
+            # Who came between the look and here has not been seen by `_step_back`.
+            if self._closing or (self.shadow.only_idle and not self._presence.is_idle):
+                raise StreamClosed("a caller has come")
+            found = running.result()
+        finally:
+            self._running = None
+            running.end()
+        caller_s, shadow_s = copy.copied.outcome.latency_s, found.outcome.latency_s
         with self._changed:
-            self._same += comparison.is_same
-            self._agreement += agreement
-            self._latency_ratio += mine.latency_s / max(other.latency_s, 1e-9)
+            self._same += found.agreement.is_same
+            self._agreement += found.agreement.share
+            self._measure = found.agreement.measure
+            self._latency_s += shadow_s
+            self._latency_ratio += shadow_s / max(caller_s, 1e-9)
         self._note("compared")
-        self._on_comparison(comparison)
+        self._on_comparison(Comparison(copy.request_id, copy.copied, found))
 
     def _note(self, fate: Fate) -> None:
         with self._changed:
             self._fates[fate] += 1
         self._on_fate(fate)
-
-
-def _agreement(a: Outcome, b: Outcome) -> float:
-    """The share of the longer answer's tokens up to the first that differs; by characters where tokens are unknown."""
-    left, right = (a.token_ids, b.token_ids) if a.token_ids and b.token_ids else (a.text or "", b.text or "")
-    longer = max(len(left), len(right))
-    if longer == 0:
-        return 1.0
-    same = next(
-        (place for place, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
-    )
-    return same / longer

@@ -19,6 +19,8 @@ STABLE = "stable"
 SHADOW = "shadow"
 CANARY = "canary"
 MAX_ARMS = 8  # each is a whole model in memory
+KEEP_DAYS = 30  # logged requests, where nothing else is said: enough to evaluate a version, no archive of users' texts
+MAX_KEEP_DAYS = 36_500
 Sticky = Literal["session", "tenant", "none"]
 
 
@@ -81,14 +83,18 @@ class Shadow:
 
 @dataclass(frozen=True, slots=True)
 class LogPolicy:
-    """Which share of requests is logged to the lake, and whether with their text or only lengths and hashes."""
+    """Which share of requests is logged to the lake, whether with their text (of models that do not generate, their
+    inputs and outputs) or only lengths and hashes, and after how many days the records are removed."""
 
     share: float = 0.0
     text: bool = False
+    keep_days: int = KEEP_DAYS
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InvalidInput(f"share must be 0 (log nothing) to 1, got {self.share!r}")
+        if not (isinstance(self.keep_days, int) and 1 <= self.keep_days <= MAX_KEEP_DAYS):
+            raise InvalidInput(f"keep_days must be whole days, 1 to {MAX_KEEP_DAYS}, got {self.keep_days!r}")
 
 
 @dataclass(frozen=True, slots=True)
