@@ -72,8 +72,11 @@ def test_what_was_measured_is_shown_with_what_can_be_said_of_it(deployed: Worksp
 
 def test_shadow_and_logs(deployed: Workspace) -> None:
     assert "copies of 30%" in call("shadow", "chat", "tiny@2", "--share", "0.3", "--always")
+    assert "shadow tiny@2 gets copies of 30%" in call("arms", "chat")
     assert "no shadow" in call("shadow", "chat")
-    assert "without" in call("log", "chat", "0.5")
+    assert "without their text; records are kept for 30 days" in call("log", "chat", "0.5").replace("\n", " ")
+    assert "7 days" in call("log", "chat", "0.5", "--keep-days", "7")
+    assert "7 days" in call("log", "chat", "0.5")
     assert json.loads(call("logs", "chat", "--json")) == []
     log = RequestLog(deployed.path("lake"))
     request = GenerationRequest(prompt="the", tenant="acme")

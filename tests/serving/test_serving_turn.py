@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sihe.core.clock import FakeClock
@@ -14,7 +15,10 @@ from sihe.core.errors import Busy, InvalidInput, TimedOut
 from sihe.core.tracking import ModelVersion
 from sihe.serving.deadlines import Deadline
 from sihe.serving.engine.config import EngineConfig
+from sihe.serving.engine.encoder.exchange import Encoding, EncodingAnswer
+from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded
 from sihe.serving.errors import DeadlineExceeded, EngineClosed, Expired, NotReady, QueueFull
+from sihe.serving.exchange import Answer, Question
 from sihe.serving.gateway.replicas.config import LocalBackend
 from sihe.serving.gateway.replicas.lease import Lease
 from sihe.serving.gateway.replicas.replica import Replica
@@ -22,9 +26,10 @@ from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.types import STABLE
-from sihe.serving.gateway.turn import Aside, Turn
+from sihe.serving.gateway.turn import Aside, Hear, Turn
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+MOVED = (STABLE, "m@1", "finished", None, True)
 
 
 class Model:
@@ -98,8 +103,8 @@ class House:
     def note_rerouted(self, arm: str) -> None:
         self.rerouted.append(arm)
 
-    def turn(self, arm: str) -> Turn:
-        return Turn(self, self.experiment, arm, "key", name="/r", weight=2.0, counts=True, clock=self.clock)
+    def turn(self, arm: str, hear: Hear | None = None) -> Turn:
+        return Turn(self, self.experiment, arm, "key", name="/r", weight=2.0, counts=True, clock=self.clock, hear=hear)
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """Requests, errors, and those that left, by arm."""
@@ -225,6 +230,71 @@ def test_a_measurement_that_cannot_be_taken_is_all_that_is_lost(house: House, mo
     turn.finished()
     assert turn.arm == STABLE
     assert house.is_free()
+
+
+@dataclass
+class Beside:
+    """Who hears of a request: of its arm, version, ending and error, and whether its answer came along."""
+
+    heard: list[tuple[str, str, str, str | None, bool]] = field(default_factory=list)
+
+    def __call__(self, arm: str, served_by: str, question: Question, outcome: Outcome, answer: Answer | None) -> None:
+        assert question is QUESTION
+        assert (answer is ANSWER) == (outcome.prompt_tokens == 3)
+        error = None if outcome.error is None else outcome.error.partition(":")[0]
+        self.heard.append((arm, served_by, outcome.ending, error, answer is ANSWER))
+
+
+QUESTION = Encoding(EmbeddingRequest(("a",)))
+ANSWER = EncodingAnswer(Encoded(np.ones((1, 2), np.float32), 3, "m@1"), "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("happens", "heard"),
+    [
+        ([None], [("b", "m@3", "finished", None, True)]),
+        ([ArithmeticError(), None], [("b", "m@3", "failed", "ArithmeticError", False), MOVED]),
+        ([InvalidInput("two"), None], [("b", "m@3", "failed", "InvalidInput", False), MOVED]),
+        ([InvalidInput("two"), InvalidInput("two")], []),  # the caller's own mistake never ran
+        ([EngineClosed("gone"), None], [("b", "m@4", "finished", None, True)]),
+        ([ArithmeticError(), ArithmeticError()], [
+            ("b", "m@3", "failed", "ArithmeticError", False), (STABLE, "m@1", "failed", "ArithmeticError", False),
+        ]),
+    ],
+)  # fmt: skip
+def test_whoever_stands_beside_hears_what_became_of_a_request_on_each_arm(
+    house: House, happens: list[Exception | None], heard: list[tuple[str, str, str, str | None, bool]]
+) -> None:
+    beside = Beside()
+    turn = house.turn("b", beside)
+    work = in_turn(*happens)
+
+    def begin(served: object) -> str:
+        turn.question = QUESTION
+        return work(served)
+
+    if happens[-1] is None:
+        turn.start(begin)
+        turn.finished(ANSWER)
+    else:
+        with pytest.raises(type(happens[-1])):
+            turn.start(begin)
+    turn.left()
+    assert beside.heard == heard
+
+
+def test_a_caller_that_leaves_is_heard_of_and_one_whose_question_was_never_read_is_not(house: House) -> None:
+    beside = Beside()
+    turn = house.turn(STABLE, beside)
+    turn.start(in_turn(None))
+    turn.left()
+    assert beside.heard == []
+    turn = house.turn(STABLE, beside)
+    turn.start(in_turn(None))
+    turn.question = QUESTION
+    turn.left()
+    assert beside.heard == [(STABLE, "m@1", "left", None, False)]
+    assert not house.turn(STABLE).is_heard
 
 
 # ---- leases ---------------------------------------------------------------------------------------------------------
