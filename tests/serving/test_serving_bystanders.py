@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -21,8 +22,11 @@ from sihe.core import settings
 from sihe.core.errors import InvalidInput
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
+from sihe.serving.engine.encoder.exchange import Encoding
+from sihe.serving.engine.encoder.types import EmbeddingRequest
 from sihe.serving.gateway.gateway import Gateway
-from sihe.serving.gateway.traffic.request_log import RequestRecord
+from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.request_log import LogEntry, RequestRecord
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.predictive.backends.sklearn import SklearnBackend
 from sihe.serving.predictive.registration import register, save_sklearn
@@ -261,6 +265,27 @@ def test_texts_and_vectors_are_logged(house: House) -> None:
     assert (ranked.kind, json.loads(ranked.prompt or "")) == ("rerank", {"query": "a fox", "documents": TEXTS})
     by_place = {item["index"]: item["relevance_score"] for item in scored["results"]}
     assert json.loads(ranked.answer or "")["relevance_scores"] == pytest.approx([by_place[place] for place in range(3)])
+
+
+def test_the_gateway_lets_records_go_by_each_deployments_days(house: House) -> None:
+    house.gateway.traffic.set_logs("line", 1.0, keep_days=7)
+    house.infer(4.0, "today")
+    log = house.gateway._request_log
+    assert log is not None
+    made = LogEntry(
+        house.gateway.workspace.clock.now() - timedelta(days=8), "old", "line", "stable", "line@1", None,
+        Encoding(EmbeddingRequest(("a",))), Outcome("finished", None, None, 0, 0, None, 0.1), keeps_text=False,
+    )  # fmt: skip
+    log.offer(made)
+    log.offer(replace(made, request_id="other", deployment="vectors"))
+    assert ("old", "stable") in house.rows("line")
+    log._tidied = None  # an hour is over
+    house.gateway.notify()
+    rows = house.rows("line")
+    assert ("today", "stable") in rows
+    assert ("old", "stable") not in rows
+    assert ("other", "stable") in house.rows("vectors")
+    house.gateway.traffic.set_logs("line", 0, keep_days=30)
 
 
 def test_how_long_records_are_kept_is_a_part_of_the_policy(house: House) -> None:
