@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +17,7 @@ from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import EngineClosed
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.live import LiveDeployment
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
 from sihe.serving.gateway.traffic.store import ExperimentStore
@@ -55,6 +58,7 @@ def test_records_that_fail_for_one_deployment_leave_the_others_followed(
     own.wait_ready("good", timeout_s=30)
     assert own._watcher is not None
     assert own._watcher.is_alive()
+    assert "route a-bad-one" not in {thread.name for thread in threading.enumerate()}
     monkeypatch.undo()
     own.notify()
     own.wait_ready("a-bad-one", timeout_s=30)
@@ -89,6 +93,51 @@ def test_measurements_that_cannot_be_stored_hold_up_no_change_of_arms(
     assert set(own._live["good"].routes) == {"stable"}
     assert arm._closing, "what is wanted no more is freed"
     assert own.traffic.experiment("good").arms[0].requests == 0, "a new period has begun"
+
+
+def test_what_fails_while_arms_are_followed_leaves_no_route_behind(
+    own: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.deploy("good", "tiny@1", settings=SETTINGS)
+    own.start()
+    own.wait_ready("good", timeout_s=30)
+    own.traffic.set_arm("good", "b", "tiny@2", 0.5)
+    arm = own._live["good"].routes["b"]
+
+    def broken(_: object) -> None:
+        raise ArithmeticError("no measure")
+
+    monkeypatch.setattr(LiveDeployment, "_sample", broken)
+    own.traffic.remove_arm("good", "b")
+    monkeypatch.undo()
+    assert arm._closing, "what is wanted no more is freed"
+
+
+ENDS = """
+import sys
+from pathlib import Path
+from sihe.core import settings
+from sihe.core.workspace import Workspace
+from sihe.serving.engine.config import EngineConfig
+from sihe.serving.gateway.gateway import Gateway
+
+home = Path(sys.argv[1])
+gateway = Gateway(Workspace(settings.load({"home": str(home)}, environ={}, directory=home)), poll_interval_s=0.02)
+gateway.start()
+gateway.deploy("good", "tiny@1", settings=EngineConfig(kv_cache_bytes=2_000_000, threads=1))
+gateway.wait_ready("good", timeout_s=60)
+print("and ends")
+"""
+
+
+def test_an_interpreter_that_ends_without_closing_it_loads_nothing_more(own: Gateway) -> None:
+    command = [sys.executable, "-c", ENDS, str(own.workspace.home)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, "and ends" in ended.stdout) == (0, True), ended.stderr
+    before, _, after = ended.stdout.partition("and ends")
+    assert "version_loading" in before
+    assert "version_loading" not in after + ended.stderr
+    assert "Fatal" not in ended.stderr
 
 
 def test_a_canary_that_raises_at_once_has_failed_and_goes_back(own: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

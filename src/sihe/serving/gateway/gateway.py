@@ -6,6 +6,7 @@ it so, within one poll, or at once when the change came through this same gatewa
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +40,9 @@ from sihe.serving.gateway.types import Deployment, DeploymentStatus
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+
+_HALT_S = 5.0  # for each thread, at the interpreter's end
 
 
 class _Close(Protocol):
@@ -211,6 +215,7 @@ class Gateway:
         self._watcher = threading.Thread(target=self._watch, name="gateway watcher", daemon=True)
         self._synchronise()
         self._watcher.start()
+        atexit.register(self._halt)
 
     @property
     def is_serving(self) -> bool:
@@ -222,6 +227,7 @@ class Gateway:
         left end with an error), or at once without `drain`."""
         if self._watcher is None:
             return
+        atexit.unregister(self._halt)
         self._stop.set()
         self._watcher.join()
         self._watcher = None
@@ -242,6 +248,16 @@ class Gateway:
             self._save(live)
         if self._request_log is not None:
             self._request_log.close()
+
+    def _halt(self) -> None:
+        """At the interpreter's end, where nobody has closed it: models free themselves, and threads that follow must
+        not replace them, or be killed while they write to the log (which is fatal: bugs.python.org/issue42717)."""
+        self._stop.set()
+        if self._watcher is not None:
+            self._watcher.join(_HALT_S)
+        for live in self._live.values():
+            for route in live.routes.values():
+                route.halt(_HALT_S)
 
     def __enter__(self) -> Gateway:
         self.start()
@@ -305,8 +321,9 @@ class Gateway:
         if live is None:
             live = self._new_live(deployment)
             self._live = {**self._live, name: live}
-        for route in live.follow(deployment, rollout, self.workspace.tracking.resolve):
-            self._close_later(route.close, name)
+        live.follow(
+            deployment, rollout, self.workspace.tracking.resolve, lambda route: self._close_later(route.close, name)
+        )
         return live
 
     def _new_live(self, deployment: Deployment) -> LiveDeployment:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,10 @@ class LiveDeployment:
         self._clock = clock
         self._log = logger("serving").bind(deployment=self.name)
         self._deployment = deployment
+        # Before there are routes: where the records fail, none of them is left behind with its thread.
+        self._experiment = experiments.latest(self.name) or Experiment(
+            self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
+        )
         # Replaced whole when they change, so that requests read them without a lock.
         self._routes: dict[str, Route] = {STABLE: self._new_route(deployment)}
         self._aims: dict[Route, tuple[object, ...]] = {}
@@ -94,9 +98,6 @@ class LiveDeployment:
             presence=presence,
             clock=clock,
             note_outcome=self.note_outcome,
-        )
-        self._experiment = experiments.latest(self.name) or Experiment(
-            self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
         )
         self._saved: tuple[int, int] | None = None
         self.pulse = Pulse(clock.monotonic_s())
@@ -283,8 +284,14 @@ class LiveDeployment:
 
     # ---- following --------------------------------------------------------------------------------------------------
 
-    def follow(self, deployment: Deployment, rollout: Rollout | None, resolve: Resolve) -> list[Route]:
-        """Makes the routes what is wanted; those that are wanted no more are returned, for the caller to close."""
+    def follow(
+        self,
+        deployment: Deployment,
+        rollout: Rollout | None,
+        resolve: Resolve,
+        retire: Callable[[Route], None],
+    ) -> None:
+        """Makes the routes what is wanted; `retire` gets those that are wanted no more, to close them."""
         wants = wants_of(deployment, rollout)
         versions, faults = resolved(wants, resolve)
         routes = dict(self._routes)
@@ -304,11 +311,14 @@ class LiveDeployment:
             self._aims.pop(route, None)
         self._deployment = deployment
         self._routes = routes
-        self._bystanders.follow(deployment.traffic, routes.get(SHADOW))
-        self._note_readiness()
-        self._renew_experiment(wants)
-        self._sample()
-        return retired
+        try:
+            self._bystanders.follow(deployment.traffic, routes.get(SHADOW))
+            self._note_readiness()
+            self._renew_experiment(wants)
+            self._sample()
+        finally:  # what fails above must not leave them behind
+            for route in retired:
+                retire(route)
 
     def _new_route(self, want: Deployment) -> Route:
         return Route(want, self._load, clock=self._clock, adapter_folder=self._adapter_folder)

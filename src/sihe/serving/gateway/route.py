@@ -33,6 +33,7 @@ from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentSt
 
 _RETRY_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # between attempts to load what may fit or arrive later
 _ROOM_S = 2.0
+_JOIN_S = 5.0
 _TICK_S = 1.0  # between looks at an elastic deployment's load
 _FILLED = 0.75  # of `max_batch_size`: the usual target for requests in hand, which leaves room for those that come
 _LOADS_AT_ONCE = {"local": 1, "openai": 1, "ray": 8}  # on one machine each load must see what the one before took
@@ -89,6 +90,7 @@ class Route:
         self._fault: str | None = None
         self._closing = False
         self._left_behind: set[Replica] = set()  # what loaded when a `close` had no time left
+        self._renewals: list[threading.Thread] = []
         self._requests = Dispatcher(
             self.name, deployment.replicas, clock=clock, why_none=self._why_none, on_change=self._notify
         )
@@ -111,10 +113,12 @@ class Route:
             self._deployment = deployment
             self._wish = wish
             self._fault = None
+            self._renewals = [thread for thread in self._renewals if thread.is_alive()]
             for replica in self._replicas if is_other else ():
-                threading.Thread(
-                    target=self._renew_adapters, args=(replica, gone), name="adapters", daemon=True
-                ).start()
+                arguments = (replica, gone)
+                renewal = threading.Thread(target=self._renew_adapters, args=arguments, name="adapters", daemon=True)
+                self._renewals.append(renewal)
+                renewal.start()
             self._changed.notify_all()
 
     def fault(self, deployment: Deployment, message: str) -> None:
@@ -231,7 +235,17 @@ class Route:
                 for replica in self._holds(left):
                     threading.Thread(target=replica.abandon, daemon=True).start()
             self._changed.wait_for(lambda: not self._holds(left))
+        for renewal in self._renewals:  # its replica is closed: it ends with that
+            renewal.join(_JOIN_S)
         self._requests.close()
+
+    def halt(self, timeout_s: float) -> None:
+        """Stops following, at the interpreter's end: frees nothing, and waits for its own threads for a while each."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_loading(), timeout_s)
+        self._thread.join(timeout_s)
 
     # ---- the route's thread -----------------------------------------------------------------------------------------
 
@@ -256,7 +270,8 @@ class Route:
             wanted=self._scaling.wanted,
             minimum=self._deployment.replicas.min_replicas,
             loads_at_once=_LOADS_AT_ONCE[self._wish.backend.kind],
-            may_load=retry,
+            # At the interpreter's end models are freed, which nobody has closed: they are not lost, to be replaced.
+            may_load=retry and threading.main_thread().is_alive(),
             has_room=not self._room_is_short,
         )
 
@@ -295,7 +310,8 @@ class Route:
                     if replica not in self._left_behind:
                         return
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a version, the one that serves goes on
-            self._log.warning("version_failed", version=wish.version.version, error=repr(error))
+            if replica not in self._left_behind:
+                self._log.warning("version_failed", version=wish.version.version, error=repr(error))
             self._remove(replica, _failure(wish, error, self._failure, self._clock.monotonic_s()))
             return
         self._remove(replica, None)
