@@ -3,168 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
-import gevent
 import httpx
 import numpy as np
-import orjson
 import pytest
 import torch
 import tritonclient.http as triton
-from fastapi import FastAPI, Request
-from prometheus_client import CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
-from sihe.core.errors import NotFound, SiheError
-from sihe.serving.deadlines import Deadline
-from sihe.serving.errors import EngineClosed, NotReady
-from sihe.serving.exchange import Answer, Question
-from sihe.serving.predictive.api import error_response, router
-from sihe.serving.predictive.config import PredictiveConfig
-from sihe.serving.predictive.metrics import PredictiveMetrics, PredictorMetrics
-from sihe.serving.predictive.predictor import Predictor
-from sihe.serving.predictive.registration import save_onnx, save_sklearn, save_torch
-from sihe.serving.predictive.types import Array, ModelDescription, TensorSpec
-from support.http_server import serving
-from support.predictive_models import Scale, classifier, features, matmul_onnx, text_onnx
-
-T = TypeVar("T")
-
-
-class Gate:
-    """A backend that waits until it is opened, and fails on negative numbers."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.rows: list[int] = []
-
-    def run(self, inputs: Mapping[str, Array], outputs: frozenset[str]) -> Mapping[str, Array]:
-        array: Any = inputs["x"]
-        self.rows.append(array.shape[0])
-        self.entered.release()
-        assert self.open.wait(30)
-        if (array < 0).any():
-            raise ArithmeticError("below zero")
-        return {"y": array, "nan": np.full(array.shape, np.nan, np.float32)}
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-@dataclass(frozen=True)
-class Status:
-    name: str
-    version: int | None
-    error: str | None = None
-
-
-@dataclass
-class Shelf:
-    """What serves, by name: the least that the routes need."""
-
-    held: dict[str, Any] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
-
-    def served(self) -> tuple[Status, ...]:
-        there = [Status(name, int(served.version)) for name, served in sorted(self.held.items())]
-        return (*there, *(Status(name, None, why) for name, why in self.broken.items()))
-
-    def route(self, name: str) -> Held:
-        if name not in self.held and name not in self.broken:
-            raise NotFound("deployment", name)
-        return Held(self, name)
-
-    def turn(self, name: str, **_: object) -> Straight:
-        return Straight(self.route(name))
-
-    def aside(self, name: str, **_: object) -> Straight:
-        return Straight(self.route(name))
-
-
-@dataclass
-class Straight:
-    """The way of a request where there are no arms and no other replicas."""
-
-    held: Held
-    arm: str = "stable"
-    deadline: Deadline | None = None
-    has_own_limit: bool = False
-    question: Question | None = None
-    is_heard: bool = False
-
-    def start(self, work: Callable[[Any], T], *, block: bool = True) -> T:
-        return self.held.call(work)
-
-    def whole(self, work: Callable[[Any], T]) -> T:
-        return self.start(work)
-
-    def finished(self, answer: Answer | None = None) -> None:
-        """It is the end."""
-
-    def failed(self, error: BaseException) -> bool:
-        return isinstance(error, EngineClosed)
-
-    def left(self) -> None:
-        """It is the end."""
-
-    def shown(self, error: BaseException) -> BaseException:
-        return error
-
-
-@dataclass(frozen=True)
-class Held:
-    shelf: Shelf
-    name: str
-
-    def call(self, work: Callable[[Any], T]) -> T:
-        if self.name in self.shelf.broken:
-            raise NotReady(self.name, self.shelf.broken[self.name])
-        return work(self.shelf.held[self.name])
-
-
-@dataclass(frozen=True)
-class House:
-    """A server with its models and metrics."""
-
-    url: str
-    shelf: Shelf
-    registry: CollectorRegistry
-
-    def sample(self, name: str, **labels: str) -> float | None:
-        return self.registry.get_sample_value(f"sihe_predictive_{name}", labels)
+from support.open_inference import (
+    Gate,
+    Held,
+    House,
+    all_wait,
+    floats,
+    gated,
+    given,
+    is_inside,
+    opened_house,
+)
+from support.predictive_models import classifier, features
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    root = tmp_path_factory.mktemp("models")
-    save_sklearn(classifier(), root / "iris", example=features(2))
-    save_torch(Scale(), root / "scale", example={"x": torch.ones(2, 3), "y": torch.ones(2, 3)}, outputs=("z", "total"))
-    save_onnx(matmul_onnx(root / "m.onnx", factor=3.0), root / "graph")
-    save_onnx(text_onnx(root / "t.onnx"), root / "echo")
-    linear = torch.nn.Linear(3, 2).to(torch.bfloat16)
-    save_torch(linear, root / "half", example={"input": torch.ones(2, 3).to(torch.bfloat16)})
-    registry = CollectorRegistry()
-    metrics = PredictiveMetrics.on(registry)
-    shelf = Shelf()
-    for name in ("iris", "scale", "graph", "echo", "half"):
-        shelf.held[name] = Predictor.load(root / name, name=f"{name}@3", observer=PredictorMetrics(metrics, name, 3))
-    app = FastAPI()
-    app.include_router(router(shelf))
-
-    @app.exception_handler(SiheError)
-    def failed(request: Request, error: SiheError) -> Any:
-        return error_response(error)
-
-    with serving(app) as url:
-        yield House(url, shelf, registry)
-    for predictor in shelf.held.values():
-        predictor.close()
+    with opened_house(tmp_path_factory.mktemp("models")) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -175,31 +43,8 @@ def client(house: House) -> Iterator[triton.InferenceServerClient]:
 
 @pytest.fixture
 def gate(house: House) -> Iterator[Gate]:
-    """A model under the name `gate`, with room for four waiting requests."""
-    backend = Gate()
-    description = ModelDescription(
-        "onnx_onnxv1",
-        "m",
-        (TensorSpec("x", "FP32", (-1, 1)),),
-        (TensorSpec("y", "FP32", (-1, 1)), TensorSpec("nan", "FP32", (-1, 1))),
-    )
-    config = PredictiveConfig(max_waiting=4, max_delay_ms=0)
-    example: dict[str, Any] = {"x": np.zeros((1, 1), np.float32)}
-    metrics = PredictorMetrics(PredictiveMetrics.on(house.registry), "gate", 1)
-    with Predictor(backend, description, config, name="gate@1", example=example, observer=metrics) as predictor:
-        house.shelf.held["gate"] = predictor
-        yield backend
-        backend.open.set()
-        del house.shelf.held["gate"]
-
-
-def given(name: str, array: Any, *, datatype: str | None = None, binary: bool = True) -> Any:
-    kind = datatype or (triton.InferInput and {"f": "FP32", "d": "FP64", "O": "BYTES"}[array.dtype.char])
-    return triton.InferInput(name, list(array.shape), kind).set_data_from_numpy(array, binary_data=binary)
-
-
-def floats(*rows: list[float]) -> Any:
-    return np.array(rows, np.float32)
+    with gated(house) as opened:
+        yield opened
 
 
 # ---- health and metadata -------------------------------------------------------------------------------------------
@@ -255,7 +100,7 @@ def test_who_waits_for_a_models_metadata_holds_up_nobody(house: House, monkeypat
     asked, woken = threading.Event(), threading.Event()
     call = Held.call
 
-    def waking(self: Held, work: Callable[[Any], T]) -> T:
+    def waking(self: Held, work: Callable[[Any], Any]) -> Any:
         asked.set()
         assert woken.wait(30)
         return call(self, work)
@@ -369,160 +214,3 @@ def test_async_requests_are_batched_and_answered_each(
     got = [request.get_result().as_numpy("y").tolist() for request in (first, *rest)]
     assert got == [[[float(number)]] for number in range(5)]
     assert gate.rows == [1, 4]
-
-
-def is_inside(gate: Gate) -> None:
-    """Returns when the model computes; lets the client's greenlets send meanwhile."""
-    while not gate.entered.acquire(blocking=False):
-        gevent.sleep(0)
-
-
-def all_wait(house: House, count: int) -> None:
-    """Returns when so many requests are in the queue; lets the client's greenlets send meanwhile."""
-    while len(house.shelf.held["gate"]._queue) < count:
-        gevent.sleep(0)
-
-
-# ---- errors --------------------------------------------------------------------------------------------------------
-
-
-def test_errors_are_in_the_protocols_form(client: triton.InferenceServerClient) -> None:
-    rows = features(2)
-    for name, inputs, status, said in (
-        ("absent", [given("input", rows)], "404", "no deployment"),
-        ("iris", [given("inputs", rows)], "400", "inputs of this model are input"),
-        ("iris", [given("input", rows[:, :3])], "400", "has shape"),
-        ("iris", [given("input", rows.astype(np.float32))], "400", "is FP64, got 'FP32'"),
-        ("scale", [given("x", floats([1, 2, 3]))], "400", "also needs input y"),
-        ("echo", [given("text", np.array([[b"\xff"]], dtype=object))], "400", "UTF-8"),
-    ):
-        with pytest.raises(InferenceServerException, match=said) as caught:
-            client.infer(name, inputs)
-        assert caught.value.status() == status
-
-
-def test_the_models_own_error_hurts_nobody_else(client: triton.InferenceServerClient, house: House, gate: Gate) -> None:
-    first = client.async_infer("gate", [given("x", floats([0]))])
-    is_inside(gate)
-    bad, good = (client.async_infer("gate", [given("x", floats([number]))]) for number in (-1, 5))
-    all_wait(house, 2)
-    gate.open.set()
-    assert first.get_result().as_numpy("y").tolist() == [[0]]
-    assert good.get_result().as_numpy("y").tolist() == [[5]]
-    with pytest.raises(InferenceServerException, match="below zero") as caught:
-        bad.get_result()
-    assert caught.value.status() == "500"
-
-
-def test_deadlines_full_queues_and_their_headers(house: House, gate: Gate) -> None:
-    def ask(timeout_ms: str | None = None) -> httpx.Response:
-        body = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}], "outputs": [{"name": "y"}]}
-        headers = {} if timeout_ms is None else {"x-sihe-timeout-ms": timeout_ms}
-        return httpx.post(f"{house.url}/v2/models/gate/infer", json=body, headers=headers, timeout=30)
-
-    with ThreadPoolExecutor(6) as pool:
-        first = pool.submit(ask)
-        assert gate.entered.acquire(timeout=30)
-        late = ask("50")  # answered while the model is busy
-        assert (late.status_code, list(late.json())) == (504, ["error"])
-        assert "deadline" in late.json()["error"]
-        waiting = [pool.submit(ask) for _ in range(4)]
-        predictor = house.shelf.held["gate"]
-        while len(predictor._queue) < 4:
-            assert not any(future.done() for future in waiting)
-        refused = ask()
-        assert (refused.status_code, list(refused.json())) == (429, ["error"])
-        assert int(refused.headers["retry-after"]) >= 1
-        gate.open.set()
-        for future in (first, *waiting):
-            assert future.result().json()["outputs"][0]["data"] == [1.0]
-    assert gate.rows == [1, 4]
-    assert (house.sample("requests_total", deployment="gate", outcome="expired") or 0) >= 1
-    assert (house.sample("requests_total", deployment="gate", outcome="refused") or 0) >= 1
-
-
-def test_a_client_that_goes_away_leaves_the_queue(house: House, gate: Gate) -> None:
-    body = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}], "outputs": [{"name": "y"}]}
-    predictor = house.shelf.held["gate"]
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(httpx.post, f"{house.url}/v2/models/gate/infer", json=body, timeout=30)
-        assert gate.entered.acquire(timeout=30)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{house.url}/v2/models/gate/infer", json=body, timeout=0.2)
-        with predictor._changed:
-            assert predictor._changed.wait_for(lambda: len(predictor._queue) == 0, timeout=30)
-        gate.open.set()
-        assert first.result().status_code == 200
-    assert gate.rows == [1]
-
-
-def test_what_json_cannot_carry_is_refused_and_binary_carries_it(
-    client: triton.InferenceServerClient, gate: Gate
-) -> None:
-    gate.open.set()
-    asked = [triton.InferRequestedOutput("nan", binary_data=False)]
-    with pytest.raises(InferenceServerException, match="binary"):
-        client.infer("gate", [given("x", floats([1]))], outputs=asked)
-    result = client.infer("gate", [given("x", floats([1]))], outputs=[triton.InferRequestedOutput("nan")])
-    assert np.isnan(result.as_numpy("nan")).all()
-
-
-def test_a_replica_that_closes_under_a_request_is_replaced_by_the_next(
-    client: triton.InferenceServerClient, house: House, gate: Gate
-) -> None:
-    request = client.async_infer("gate", [given("x", floats([0]))])
-    is_inside(gate)
-    waiting = client.async_infer("gate", [given("x", floats([2]))], outputs=[triton.InferRequestedOutput("y")])
-    old = house.shelf.held["gate"]
-    all_wait(house, 1)
-    backend = Gate()
-    backend.open.set()
-    house.shelf.held["gate"] = Predictor(backend, old.description, old.config, name="gate@2", example={})
-    closer = threading.Thread(target=old.close, kwargs={"drain": False})
-    closer.start()
-    with old._changed:
-        assert old._changed.wait_for(lambda: old._abandon, timeout=30)
-    gate.open.set()
-    closer.join()
-    assert request.get_result().get_response()["model_version"] == "1"
-    assert waiting.get_result().get_response()["model_version"] == "2"
-    house.shelf.held["gate"].close()
-    with pytest.raises(InferenceServerException) as caught:
-        client.infer("gate", [given("x", floats([1]))])
-    assert caught.value.status() == "503"
-    assert "closing" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("body", "headers", "status"),
-    [
-        (b"", {}, 400),
-        (b"\x00\xff", {}, 400),
-        (b"{}", {"Inference-Header-Content-Length": "99"}, 400),
-        (b"{}", {"Content-Encoding": "br"}, 400),
-        (b"{}", {"Content-Encoding": "gzip"}, 400),
-        (bytes(64 * 2**20 + 1), {}, 413),
-    ],
-)
-def test_hostile_bodies_get_an_error_and_the_server_goes_on(
-    house: House, body: bytes, headers: dict[str, str], status: int
-) -> None:
-    response = httpx.post(f"{house.url}/v2/models/graph/infer", content=body, headers=headers, timeout=30)
-    assert response.status_code == status
-    assert list(response.json()) == ["error"]
-    fine = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
-    again = httpx.post(f"{house.url}/v2/models/graph/infer", content=orjson.dumps(fine))
-    assert again.json()["outputs"][0]["data"] == [3.0, 6.0, 9.0, 12.0]
-    assert again.headers["x-sihe-batch-rows"] == "1"
-    assert again.headers["server-timing"].startswith("queue;dur=")
-
-
-def test_what_prometheus_sees(client: triton.InferenceServerClient, house: House) -> None:
-    before = house.sample("rows_total", deployment="graph") or 0.0
-    client.infer("graph", [given("x", floats([1, 2, 3, 4], [5, 6, 7, 8]))])
-    assert house.sample("rows_total", deployment="graph") == before + 2
-    assert (house.sample("requests_total", deployment="graph", outcome="ok") or 0) >= 1
-    assert house.sample("waiting", deployment="graph", version="3") == 0
-    assert house.sample("waiting", deployment="gate", version="1") is None, "that version is gone"
-    for name in ("batch_rows", "queue_seconds", "compute_seconds"):
-        assert (house.sample(f"{name}_count", deployment="graph") or 0) >= 1
