@@ -207,7 +207,15 @@ def test_what_lies_behind_a_sequence_is_not_read(pages: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "feed",
-    [Feed([97], 0, [0]), Feed([-1], 0, [0]), Feed([1], 0, [40]), Feed([1], 16, [0]), Feed([1], 256, list(range(17)))],
+    [
+        Feed([97], 0, [0]),
+        Feed([-1], 0, [0]),
+        Feed([1], 0, [40]),
+        Feed([1], 16, [0]),
+        Feed([1], 256, list(range(17))),
+        Feed([1], 0, [0], num_logits=2),
+        Feed([1], 0, [0], num_logits=-1),
+    ],
 )
 def test_a_step_that_points_outside_is_refused(feed: Feed) -> None:
     with computing(decoder(LLAMA)) as compute, pytest.raises(InternalError, match="not there"):

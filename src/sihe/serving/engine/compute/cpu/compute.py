@@ -132,6 +132,8 @@ class CpuCompute:
             and (last // 16).max() < step.tables.shape[1]
             and step.tables.min() >= 0
             and step.tables.max() < self._pages.num_blocks
+            and step.logits.min() >= 0
+            and (step.logits <= step.lengths).all()
         )
         if not is_inside:
             raise InternalError("a step names a token, position or block that is not there")
