@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from sihe.models.config import ModelConfig
+from sihe.serving.engine.kv.storage import KvPages
 from sihe.serving.engine.large_pages import moved, zeros
 
 SHAPE = (3, 1 << 19)  # 6 MiB of float32
@@ -58,3 +61,22 @@ def test_what_is_moved_is_the_same(dtype: torch.dtype) -> None:
         target = moved(source.T)
         assert torch.equal(target, source.T)
         assert target.is_contiguous() or rows == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is told by Linux")
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_the_caches_memory_is_resident_where_that_is_asked_for(is_resident: bool) -> None:
+    config = ModelConfig(
+        vocab_size=8, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, max_positions=64,
+        intermediate_size=8,
+    )  # fmt: skip
+    before = resident_bytes()
+    pages = KvPages(config, num_blocks=4096, dtype=torch.float32, is_resident=is_resident)
+    taken, size = resident_bytes() - before, pages.keys.nbytes + pages.values.nbytes
+    assert size == 64 << 20
+    assert taken > 0.9 * size if is_resident else taken < 0.3 * size
+    assert not pages.keys.any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

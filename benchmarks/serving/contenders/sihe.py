@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.serving.contenders.worker import Generate, Prompts, run
 
 
 def load(folder: Path, precision: str, context: int) -> Generate:
-    """An engine of the precision, its prefix cache off."""
+    """An engine of the precision, its cache in memory from the start, as the peers' are.
+
+    Its prefix cache is on, as always, and finds nothing: prompts are random.
+    """
     from sihe.serving.engine.config import EngineConfig
     from sihe.serving.engine.engine import Engine
     from sihe.serving.engine.types import GenerationRequest
 
-    settings: dict[str, object] = {"dtype": precision, "max_context": context}
-    if any(field.name == "prefix_cache" for field in fields(EngineConfig)):
-        settings["prefix_cache"] = False
-    config = EngineConfig.from_mapping(settings)
+    config = EngineConfig.from_mapping({"dtype": precision, "max_context": context, "reserve_cache": True})
     engine = Engine.load(folder, config)
 
     def generate(prompts: Prompts, tokens: int) -> list[tuple[int, ...]]:

@@ -24,9 +24,11 @@ class EngineConfig:
     head, on a CPU. `device` is by default a GPU where torch sees one. `threads` (a CPU's) default to the processors
     that the process may use. `max_context` (tokens) defaults to the model's own. `kv_cache_bytes` bounds the cache, by
     default a quarter of the memory that is free when the engine loads; fewer than `max_batch_size` sequences run at
-    once where it does not hold them. `token_budget` bounds the tokens of one step: every running sequence decodes one,
-    and prompts are read in chunks within what remains, so it bounds how long a long prompt can delay everyone else's
-    next token.
+    once where it does not hold them. Its memory is the system's until tokens touch it, which costs the requests that do
+    (in a virtual machine, whose host finds memory late as well, up to a fifth of reading a prompt); with
+    `reserve_cache` it is taken when the engine loads, which then takes longer. `token_budget` bounds the tokens of one
+    step: every running sequence decodes one, and prompts are read in chunks within what remains, so it bounds how long
+    a long prompt can delay everyone else's next token.
 
     `max_adapters` LoRA adapters can be loaded at once, beside each other in one batch; `adapters` are those to load
     from the start, each as `name=folder`.
@@ -44,6 +46,7 @@ class EngineConfig:
     max_context: int | None = None
     token_budget: int = 512
     kv_cache_bytes: int | None = None
+    reserve_cache: bool = False
     max_waiting: int = 256
     speculation: SpeculationKind = "none"
     draft_model: str | None = None
@@ -76,6 +79,8 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
+        if not isinstance(self.reserve_cache, bool):
+            raise ConfigError(f"reserve_cache is true or false, got {self.reserve_cache!r}", key="reserve_cache")
         object.__setattr__(self, "adapters", tuple(self.adapters))  # JSON has lists
         if not isinstance(self.max_adapters, int) or isinstance(self.max_adapters, bool) or self.max_adapters < 0:
             raise ConfigError(

@@ -71,7 +71,9 @@ class ModelRunner:
             budget_bytes=config.kv_cache_bytes or max((available - weights) // 4, 0),
         )
         model = load_model(folder, dtype=dtype).eval().requires_grad_(False)
-        pages = KvPages(model_config, num_blocks=num_blocks, dtype=kv_dtype, device=device)
+        pages = KvPages(
+            model_config, num_blocks=num_blocks, dtype=kv_dtype, device=device, is_resident=config.reserve_cache
+        )
         compute: Compute
         if on_kernels:
             from sihe.serving.engine.compute.cpu.compute import CpuCompute

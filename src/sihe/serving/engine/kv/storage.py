@@ -25,7 +25,8 @@ from sihe.serving.errors import NoMemory
 class KvPages:
     """`keys` is [L, P, K, D, 16] and `values` [L, P, K, 16, V]; as int8 [L, P, K, bytes of a page].
 
-    Memory is not resident before a token has touched it or the large page that it lies in. V, `width`, is `value_dim`
+    Unless it `is_resident` from the start, memory is not before a token has touched it or the large page that it lies
+    in. V, `width`, is `value_dim`
     rounded up to whole registers; what is behind it means nothing.
     """
 
@@ -36,6 +37,7 @@ class KvPages:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        is_resident: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.bytes_per_block = bytes_per_block(config, dtype)
@@ -48,6 +50,9 @@ class KvPages:
             keys, values = ((_page_bytes(dim, dtype),) for dim in (config.head_dim, self.width))
         self.keys = _zeros((*common, *keys), dtype, device)
         self.values = _zeros((*common, *values), dtype, device)
+        if is_resident:
+            self.keys.zero_()
+            self.values.zero_()
 
     def copy(self, source: int, target: int) -> None:
         """Makes block `target` hold what `source` does."""
