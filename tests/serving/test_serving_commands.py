@@ -12,6 +12,7 @@ from sihe.core import terminal
 from sihe.core.errors import ConfigError, NotFound
 from sihe.core.workspace import Workspace
 from sihe.serving.commands import app
+from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import RayBackend, ReplicaConfig, ScalingConfig
 from sihe.serving.gateway.store import DeploymentStore
 from support.tiny_models import tiny_model
@@ -35,8 +36,11 @@ def call(*words: str) -> str:
 
 
 def test_create_list_alias_remove(deployed: Workspace) -> None:
-    made = json.loads(call("create", "chat", "tiny@live", "--engine", "max_batch_size=4", "--json"))
+    settings = ("--engine", "max_batch_size=4", "--engine", "reserve_cache=true")
+    made = json.loads(call("create", "chat", "tiny@live", *settings, "--json"))
     assert (made["name"], made["target"], made["state"]) == ("chat", "tiny@live", "UNSERVED")
+    stored = DeploymentStore(deployed.records, deployed.clock).get("chat").settings
+    assert stored == EngineConfig(max_batch_size=4, reserve_cache=True)
     assert [item["name"] for item in json.loads(call("list", "--json"))] == ["chat"]
     assert "chat" in call("list")
     call("alias", "tiny", "live", "2")

@@ -106,11 +106,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _setting(item: str) -> tuple[str, Any]:
-    """`max_batch_size=8` → a key and a number, or text where it is none."""
+    """`max_batch_size=8` → a key and a number, true or false, or text where it is none of these."""
     key, equals, value = item.partition("=")
     if not equals:
         raise typer.BadParameter(f"--engine and --replica take KEY=VALUE, got {item!r}")
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return key.strip(), kind(value)
-    return key.strip(), value.strip()
+    text = value.strip()
+    return key.strip(), {"true": True, "false": False}.get(text, text)
