@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from sihe.core.workspace import Workspace
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.ports import RequestStats, StepStats
-from sihe.serving.engine.stream import Wake
+from sihe.serving.engine.stream import GenerationStream, Wake
 from sihe.serving.engine.types import ChatMessage, GenerationEvent, GenerationRequest
 from sihe.serving.errors import EngineClosed, ReplicaLost
 from sihe.serving.gateway.gateway import Gateway
@@ -173,14 +174,36 @@ def test_a_close_finishes_what_has_begun_and_takes_nothing_more(opened: Opened, 
 
 def test_a_close_without_patience_ends_streams_with_an_error(opened: Opened) -> None:
     engine = opened(Observer())
-    done = [threading.Event() for _ in range(24)]
-    streams = [engine.submit(LONG, on_done=one.set) for one in done]
-    assert streams[0].next_event(60) is not None
+    streams: list[GenerationStream] = []
+    over: list[threading.Event] = []
+    room = threading.Semaphore(64)
+
+    def ask_on() -> None:
+        """Keeps the engine busy, so that it is never done with everything when it is closed."""
+        with contextlib.suppress(EngineClosed, ReplicaLost):
+            while room.acquire(timeout=60):
+                one = threading.Event()
+                streams.append(engine.submit(LONG, on_done=lambda one=one: (one.set(), room.release())))  # type: ignore[misc]
+                over.append(one)
+
+    def failure_of(stream: GenerationStream) -> TransientError | None:
+        try:
+            while stream.next_event(30) is not None:
+                continue
+        except TransientError as error:
+            return error
+        return None
+
+    asking = threading.Thread(target=ask_on)
+    asking.start()
+    assert engine.submit(ASK).next_event(60) is not None
     engine.close(drain=False)
-    assert all(one.is_set() for one in done)
-    with pytest.raises(TransientError, match="tiny@1"):  # it waited behind the others
-        while streams[-1].next_event(30) is not None:
-            continue
+    asking.join(60)
+    assert not asking.is_alive()
+    assert all(one.is_set() for one in over)
+    failures = [error for error in map(failure_of, streams) if error is not None]
+    assert failures
+    assert all("tiny@1" in str(error) for error in failures)
 
 
 # ---- a server that is started here ----------------------------------------------------------------------------------

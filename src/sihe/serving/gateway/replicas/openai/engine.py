@@ -96,7 +96,8 @@ class OpenAiEngine:
             if self._closing:
                 raise EngineClosed(f"engine {self.name} is closing and takes no new requests")
             self._jobs[id] = job
-        self._loop.call_soon_threadsafe(self._begin, id, bodies.path_of(request), body)
+            # Under the lock: a close must not cancel it before it has begun, and then wait for all of it.
+            self._loop.call_soon_threadsafe(self._begin, id, bodies.path_of(request), body)
         return job.stream
 
     def lose(self, how: str) -> None:
