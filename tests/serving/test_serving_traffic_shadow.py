@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
@@ -22,7 +23,7 @@ from sihe.serving.exchange import Agreement, Answer, Written
 from sihe.serving.gateway.replicas.config import LocalBackend
 from sihe.serving.gateway.replicas.lease import Lease
 from sihe.serving.gateway.replicas.replica import Replica
-from sihe.serving.gateway.traffic.copies import CopiedGeneration, CopiedQuestion
+from sihe.serving.gateway.traffic.copies import CopiedGeneration, CopiedQuestion, ShadowRoute
 from sihe.serving.gateway.traffic.handover import Handover
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.presence import Presence
@@ -79,17 +80,20 @@ def presence() -> Presence:
     return Presence()
 
 
-@pytest.fixture
-def runner(side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunner]]:
+@contextmanager
+def runners(
+    side: Side, presence: Presence, route: ShadowRoute | Side, clock: FakeClock, model: str
+) -> Iterator[Callable[..., ShadowRunner]]:
+    """What makes shadow runners that copy to `model` on `route`, and tell `side`; they are closed in the end."""
     made: list[ShadowRunner] = []
 
     def make(**fields: object) -> ShadowRunner:
         runner = ShadowRunner(
             "chat",
-            Shadow("tiny", "2", 1.0, **fields),  # type: ignore[arg-type]
-            route=side,
+            Shadow(model, "2", 1.0, **fields),  # type: ignore[arg-type]
+            route=route,  # type: ignore[arg-type]  # as much of one as its copies want
             presence=presence,
-            clock=FakeClock(),
+            clock=clock,
             on_comparison=lambda found: side.note(side.found, found),  # type: ignore[arg-type]
             on_fate=lambda fate: side.note(side.fates, fate),  # type: ignore[arg-type]
         )
@@ -99,6 +103,12 @@ def runner(side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunne
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def runner(side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunner]]:
+    with runners(side, presence, side, FakeClock(), "tiny") as make:
+        yield make
 
 
 def test_a_copy_runs_last_and_at_nobodys_cost_and_is_compared(side: Side, runner: Callable[..., ShadowRunner]) -> None:
@@ -284,24 +294,8 @@ def way() -> Way:
 
 @pytest.fixture
 def asking(way: Way, side: Side, presence: Presence) -> Iterator[Callable[..., ShadowRunner]]:
-    made: list[ShadowRunner] = []
-
-    def make(**fields: object) -> ShadowRunner:
-        runner = ShadowRunner(
-            "m",
-            Shadow("m", "2", 1.0, **fields),  # type: ignore[arg-type]
-            route=way,
-            presence=presence,
-            clock=way.clock,
-            on_comparison=lambda found: side.note(side.found, found),  # type: ignore[arg-type]
-            on_fate=lambda fate: side.note(side.fates, fate),  # type: ignore[arg-type]
-        )
-        made.append(runner)
-        return runner
-
-    yield make
-    for one in made:
-        one.close()
+    with runners(side, presence, way, way.clock, "m") as make:
+        yield make
 
 
 def test_a_question_is_asked_again_and_the_answers_are_compared(
