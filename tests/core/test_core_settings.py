@@ -71,6 +71,32 @@ def test_keys_are_a_list_in_either_form(tmp_path: Path) -> None:
     assert _load(tmp_path, {"SIHE_SERVING_BACKEND_HOSTS": "a, [::1]:8"}).serving.backend_hosts == ("a", "[::1]:8")
 
 
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("[::1]:8", ("[::1]:8",)),
+        ("[::1]", ("[::1]",)),
+        (" [FD00::1], a", ("[FD00::1]", "a")),
+        ("[fd00::/8]:8000,[::ffff:10.0.0.1]:8", ("[fd00::/8]:8000", "[::ffff:10.0.0.1]:8")),
+        ('["[::1]:8", "a"]', ("[::1]:8", "a")),
+        ("[]", ()),
+    ],
+)
+def test_a_list_of_hosts_may_begin_with_an_address_in_brackets(
+    tmp_path: Path, text: str, hosts: tuple[str, ...]
+) -> None:
+    assert _load(tmp_path, {"SIHE_SERVING_BACKEND_HOSTS": text}).serving.backend_hosts == hosts
+    assert _load(tmp_path, **{"serving.backend_hosts": text}).serving.backend_hosts == hosts
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "[::1", '["a"', "[1:x]"])
+def test_what_begins_like_a_list_and_is_none_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+    for key in ("serving.backend_hosts", "server.api_keys"):
+        with pytest.raises(ConfigError, match=r"not a JSON list .* commas between") as caught:
+            _load(tmp_path, **{key: text})
+        assert caught.value.key == key
+
+
 @given(secret=st.text("abcdefgh0123456789", min_size=12))
 def test_no_secret_is_public(secret: str) -> None:
     resolved = settings.load(

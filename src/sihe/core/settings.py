@@ -21,6 +21,8 @@ from sihe.core.errors import ConfigError
 
 FILE_NAME = "sihe.toml"
 PREFIX = "SIHE_"
+# An address in brackets (RFC 3986, section 3.2.2) or a network: a colon outside of quotes, which no JSON list has.
+_BRACKETED_HOST = re.compile(r"\s*\[[0-9a-fA-F.]*:[0-9a-fA-F:.]*(?:/[0-9]+)?\]")
 
 
 class _Section(BaseModel):
@@ -232,13 +234,19 @@ def _build(merged: Mapping[str, tuple[Any, str]]) -> Settings:
 
 
 def _parse(key: str, value: Any) -> Any:
-    """Text for a list setting becomes a list: JSON, or items between commas. Everything else is pydantic's work."""
+    """Text for a list setting becomes a list: JSON, or items between commas, of which the first may be an address in
+    brackets. Everything else is pydantic's work."""
     if key in ("server.api_keys", "serving.backend_hosts") and isinstance(value, str):
-        if value.lstrip().startswith("["):
+        is_host = key == "serving.backend_hosts" and _BRACKETED_HOST.match(value)
+        if value.lstrip().startswith("[") and not is_host:
             try:
                 return json.loads(value)
             except json.JSONDecodeError as error:
-                raise ConfigError(f"setting {key!r} is not a JSON list: {error}", key=key) from error
+                raise ConfigError(
+                    f"setting {key!r} begins with '[' and is not a JSON list ({error}): give a JSON list of texts, or "
+                    "items with commas between them",
+                    key=key,
+                ) from error
         return [item.strip() for item in value.split(",") if item.strip()]
     return value
 
