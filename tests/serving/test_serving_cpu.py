@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,19 @@ def test_a_token_has_the_same_bits_in_any_company(name: str, kind: str) -> None:
         assert torch.equal(beside[-1], fed(compute, prompt.tokens, [37, 38, 39])[-1])
     with computing(model, weights, threads=1, pages=pages) as alone:
         assert torch.equal(fed(alone, tokens, BLOCKS), whole)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_blocks_of_rows_change_no_bit(name: str, kind: WeightKind) -> None:
+    """600 tokens are cut by blocks of rows, with one thread and with two; pieces of up to 150 are cut by panels."""
+    model, tokens = decoder(dataclasses.replace(MODELS[name], max_positions=1024)), some_tokens(600)
+    blocks = list(range(38))
+    with computing(model, kind) as compute:
+        whole = fed(compute, tokens, blocks)
+        assert torch.equal(fed(compute, tokens, blocks, [150, 300, 450]), whole)
+    with computing(model, kind, threads=1) as alone:
+        assert torch.equal(fed(alone, tokens, blocks), whole)
 
 
 @pytest.mark.parametrize("kind", list(Kind))

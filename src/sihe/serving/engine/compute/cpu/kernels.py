@@ -70,9 +70,6 @@ class NormKind(IntEnum):
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ROW_CHUNK = 4
-PAGE_CHUNK = 16
-"""Rows whose keys one thread puts in their places: those of neighbouring tokens share the lines of the caches."""
 _BLOCK_BYTES = 1 << 19
 """Of rows that are multiplied by all panels of a chunk before the next rows: they stay in the second cache."""
 _STEP_BYTES = 128  # of a panel, one step of a tile

@@ -31,11 +31,10 @@ from sihe.core.simd import (
     wait_semaphore,
     yield_core,
 )
-from sihe.serving.engine.compute.cpu import attention, kernels, tiles
+from sihe.serving.engine.compute.cpu import attention, chunks, kernels, tiles
 from sihe.serving.engine.compute.cpu.attention import attend, place
+from sihe.serving.engine.compute.cpu.chunks import chunks_of, panel_chunks, part_of_product, rows_of, rows_of_chunk
 from sihe.serving.engine.compute.cpu.kernels import (
-    PAGE_CHUNK,
-    ROW_CHUNK,
     STEP_WIDTH,
     WIDTH,
     activate,
@@ -78,77 +77,29 @@ _wait_until = _waiting(digest_of(simd))
 
 
 @njit(nogil=True, error_model="numpy")
-def _rows_of(op: Any, step: Any) -> int:
-    """How many rows an operation has: of all tokens or the wanted ones; from 2 on of all their choices of experts."""
-    rows = step[op[1] % 2]
-    return rows if op[1] < 2 else rows * step[19]
-
-
-@njit(nogil=True, error_model="numpy")
-def _chunks_of(op: Any, step: Any, threads: int) -> int:
-    code = op[0]
-    if code == 2:
-        return max(1, op[19]) * _panel_chunks(op[8], threads)
-    if code == 4:
-        return step[11 + op[1]] * op[3]
-    if code == 6:
-        return 1
-    rows = _rows_of(op, step)
-    size = _row_chunk(code, rows)
-    return (rows + size - 1) // size
-
-
-@njit(nogil=True, error_model="numpy")
-def _row_chunk(code: int, rows: int) -> int:
-    return PAGE_CHUNK if code == 3 and rows >= 4 * PAGE_CHUNK else ROW_CHUNK
-
-
-@njit(nogil=True, error_model="numpy")
-def _panel_chunks(panels: int, threads: int) -> int:
-    """Four chunks a thread: few enough to count, enough for a slow thread to take fewer."""
-    return min(panels, 4 * threads) if threads > 1 else 1
-
-
-@njit(nogil=True, error_model="numpy")
-def _panel_after(op: Any, part: int, threads: int) -> tuple[int, int]:
-    """Where a product's part begins, and the bytes of a panel; behind the last one, of the product after it."""
-    chunks = _panel_chunks(op[8], threads)
-    if part < chunks:
-        return op[5] + op[8] * part // chunks * op[6], op[6]
-    if op[18] == 0:
-        return op[5], 0
-    following = int64_at(op[18])
-    others = _panel_chunks(following[8], threads)
-    return following[5] + following[8] * min(part - chunks, others - 1) // others * following[6], following[6]
-
-
-@njit(nogil=True, error_model="numpy")
 def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
     code = op[0]
+    if code == 2 and op[19] == 0:
+        first, last, row, end, then, then_bytes = part_of_product(op, step, chunk, threads)
+        multiply_panels(op, first, last, row, end - row, then, then_bytes, scratch)
+        return
     if code == 2:
-        chunks = _panel_chunks(op[8], threads)
+        chunks = panel_chunks(op[8], threads)
         expert, part = chunk // chunks, chunk % chunks
         first, last = op[8] * part // chunks, op[8] * (part + 1) // chunks
-        if op[19] == 0:
-            then, then_bytes = _panel_after(op, part + threads, threads)
-            multiply_panels(op, first, last, 0, _rows_of(op, step), then, then_bytes, scratch)
-        else:
-            offsets = int32_at(op[20])
-            mine = op.copy()
-            mine[5] += expert * op[21]
-            mine[13] += expert * op[22]
-            multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0, scratch)
+        offsets = int32_at(op[20])
+        mine = op.copy()
+        mine[5] += expert * op[21]
+        mine[13] += expert * op[22]
+        multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0, scratch)
         return
     if code == 4:
         attend(op, step, chunk // op[3], chunk % op[3], scratch)
         return
     if code == 6:
-        route(op, _rows_of(op, step))
+        route(op, rows_of(op, step))
         return
-    rows = _rows_of(op, step)
-    size = _row_chunk(code, rows)
-    first = chunk * size
-    last = min(first + size, rows)
+    first, last = rows_of_chunk(op, step, chunk, threads)
     if code == 0:
         embed(op, step, first, last)
     elif code == 1:
@@ -170,7 +121,7 @@ def _run(ops: Any, step: Any, counters: int, threads: int, scratch: int) -> None
         op = ops[index]
         taken = counters + 16 * _LINE * index
         done = taken + 8 * _LINE
-        chunks = _chunks_of(op, step, threads)
+        chunks = chunks_of(op, step, threads)
         while True:
             chunk = add_atomic(taken, 1)
             if chunk >= chunks:
@@ -180,7 +131,7 @@ def _run(ops: Any, step: Any, counters: int, threads: int, scratch: int) -> None
         _wait_until(done, chunks)
 
 
-SOURCES = (simd, tiles, kernels, attention, sys.modules[__name__])
+SOURCES = (simd, tiles, kernels, attention, chunks, sys.modules[__name__])
 """The modules whose code is compiled into `_work`."""
 
 

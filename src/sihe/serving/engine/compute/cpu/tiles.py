@@ -219,12 +219,14 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
             base = t.at(t.load(t.at(page_list, t.b.mul(page, I64(8))), I64), inside)
             next_at = t.at(t.load(t.at(next_list, t.b.mul(page, I64(8))), I64), next_inside)
             left = t.b.sub(tokens, t.b.mul(page, I64(LANES)))
-            with t.loop(t.b.select(t.b.icmp_signed("<", left, I64(LANES)), left, I64(LANES))) as token:
+            count = t.b.select(t.b.icmp_signed("<", left, I64(LANES)), left, I64(LANES))
+            fetched = LANES * size * vectors  # bytes: as many dims of a sixteenth of a page
+
+            def add_token(token: Value) -> None:
                 values = [
                     t.widened(t.at(base, t.b.mul(token, token_stride), LANES * size * vector), element)
                     for vector in range(vectors)
                 ]
-                fetched = LANES * size * vectors  # bytes: as many dims of a sixteenth of a page
                 for offset in range(0, fetched, 64):
                     t.prefetch(t.at(next_at, t.b.mul(token, I64(fetched)), offset))
                 place = t.b.mul(t.b.add(t.b.mul(page, I64(LANES)), token), I64(4))
@@ -232,6 +234,13 @@ def mix_tile(rows: int, vectors: int, kind: str) -> Any:
                     factor = t.broadcast(t.at(p_at[row], place), F32)
                     for vector, value in enumerate(values):
                         t.put(t.fma(factor, value, t.get(sums[row][vector])), sums[row][vector])
+
+            whole = t.b.udiv(count, I64(_TURNS))
+            with t.loop(whole) as several:
+                for turn in range(_TURNS):
+                    add_token(t.b.add(t.b.mul(several, I64(_TURNS)), I64(turn)))
+            with t.loop(t.b.urem(count, I64(_TURNS))) as rest:
+                add_token(t.b.add(t.b.mul(whole, I64(_TURNS)), rest))
         for row in range(rows):
             for vector in range(vectors):
                 t.store(t.get(sums[row][vector]), t.at(out_at[row], 4 * LANES * vector))
