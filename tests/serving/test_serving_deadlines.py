@@ -1,4 +1,5 @@
-"""A client's own limit on its request, over HTTP: while it waits, in the middle of its stream, and written wrongly."""
+"""A client's own limit on its request, over HTTP: while it waits, in the middle of its stream, and written wrongly; and
+its deployment's, for models that do not generate."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from sihe.serving.engine.engine import Engine
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import ReplicaLost
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.predictive.predictor import Predictor
 from sihe.serving.predictive.registration import register, save_sklearn
 from sihe.serving.protocol import error_body
@@ -185,6 +187,52 @@ def test_a_request_that_comes_too_late_is_not_begun(
     assert (answer.status_code, begun) == (504, [])
     assert "was not there within" in answer.text
     assert fate(served, name) == (0, 0, 1), "no arm is to blame"
+
+
+@pytest.mark.parametrize("path", list(ASKS))
+def test_a_deployments_limit_holds_in_the_middle_of_computing_and_is_charged_to_the_arm(
+    served: Gateway, server_url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    name, body = ASKS[path]
+    target = served.status(name).target
+    served.deploy(name, target, replicas=ReplicaConfig(timeout_s=0.08))
+    (replica,) = served.route(name).replicas()
+    computing, goes_on = threading.Event(), threading.Event()
+    for kind in (EncoderEngine, Predictor):
+        compute = kind._compute
+
+        def held_up(self: Any, members: Any, compute: Any = compute) -> None:
+            computing.set()
+            assert goes_on.wait(30)
+            compute(self, members)
+
+        monkeypatch.setattr(kind, "_compute", held_up)
+    try:
+        answer = httpx.post(f"{server_url}{path}", json=body, headers={HEADER: "60000"}, timeout=30)
+        assert computing.is_set()
+    finally:
+        goes_on.set()
+    assert answer.status_code == 504
+    assert "the whole answer was not there within 0.08 s: retry later" in answer.text
+    assert "x-should-retry" not in answer.headers, "the caller did not set it"
+    assert fate(served, name) == (1, 1, 0)
+    served.deploy(name, target, replicas=ReplicaConfig())
+    assert httpx.post(f"{server_url}{path}", json=body, timeout=30).status_code == 200
+    assert replica.in_flight == 0
+    assert served.route(name).replicas() == (replica,), "a limit is no reason to load it again"
+
+
+@pytest.mark.parametrize("path", list(ASKS))
+def test_the_shorter_of_the_two_limits_holds(
+    served: Gateway, server_url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    name, body = ASKS[path]
+    served.deploy(name, served.status(name).target, replicas=ReplicaConfig(timeout_s=600.0))
+    for kind in (EncoderEngine, Predictor):
+        monkeypatch.setattr(kind, "submit", lambda *_, **__: pytest.fail("it came too late"))
+    answer = httpx.post(f"{server_url}{path}", json=body, headers={HEADER: "0.001"}, timeout=30)
+    assert (answer.status_code, fate(served, name)) == (504, (0, 0, 1))
+    assert "allow more time" in answer.text
 
 
 # ---- a replica that is lost ------------------------------------------------------------------------------------------

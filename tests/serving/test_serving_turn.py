@@ -13,7 +13,7 @@ import pytest
 from sihe.core.clock import FakeClock
 from sihe.core.errors import Busy, InvalidInput, TimedOut
 from sihe.core.tracking import ModelVersion
-from sihe.serving.deadlines import Deadline
+from sihe.serving.deadlines import Deadline, earliest
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.encoder.exchange import Encoding, EncodingAnswer
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded
@@ -187,6 +187,29 @@ def test_a_request_waits_for_no_replica_beyond_its_own_limit_which_no_arm_is_to_
     assert house.stable.waits_until_s == [0.0, 0.0]
     assert house.counts()[STABLE] == (0, 0, 1)
     assert house.is_free()
+
+
+@pytest.mark.parametrize("own_at_s", [None, 5.0])
+def test_a_deployments_limit_is_charged_to_the_arm_and_holds_whatever_the_caller_allows(
+    house: House, own_at_s: float | None
+) -> None:
+    bound = Deadline(0.5, at_s=0.0, is_own=False)
+    turn = Turn(house, house.experiment, "b", "key", name="/r", weight=1.0, counts=True, clock=house.clock, bound=bound)
+    turn.deadline = None if own_at_s is None else Deadline(5.5, at_s=own_at_s)
+    assert turn.start(in_turn(None)) == "begun"
+    error = bound.exceeded(is_whole=True)
+    assert not error.is_own
+    assert not turn.failed(error), "no time is left for another arm"
+    assert house.routes["b"].waits_until_s == [0.0]
+    assert house.counts() == {STABLE: (0, 0, 0), "b": (1, 1, 0)}
+    assert house.is_free()
+
+
+def test_of_two_limits_that_pass_at_once_the_callers_own_counts() -> None:
+    own, bound = Deadline(1.0, at_s=1.0), Deadline(1.0, at_s=1.0, is_own=False)
+    assert earliest(own, bound) is own
+    assert earliest(own, Deadline(0.9, at_s=0.9, is_own=False)) != own
+    assert (earliest(None, bound), earliest(None, None)) == (bound, None)
 
 
 def test_a_limit_that_has_not_passed_leaves_the_reason_why_there_is_no_replica(house: House) -> None:

@@ -90,6 +90,7 @@ class Straight:
     held: Held
     arm: str = "stable"
     deadline: Deadline | None = None
+    bound: Deadline | None = None
     has_own_limit: bool = False
     question: Question | None = None
     is_heard: bool = False

@@ -1,7 +1,8 @@
-"""How long a client gives its own request: a header, for protocols whose bodies have no field for it.
+"""How long a request has: by its client, whose header is for protocols whose bodies have no field for it, and by its
+deployment.
 
-The time counts from the moment at which the request's head was read, so it holds while the body arrives, while the
-request waits, and in the middle of its stream.
+A client's time counts from the moment at which the request's head was read, so it holds while the body arrives, while
+the request waits, and in the middle of its stream.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A moment of the monotonic clock, `limit_s` after the request came."""
+    """A moment of the monotonic clock, `limit_s` after the request came; whether its client has set it (`is_own`)."""
 
     limit_s: float
     at_s: float
+    is_own: bool = True
+
+    @classmethod
+    def of_deployment(cls, limit_s: float | None) -> Deadline | None:
+        """The deadline of a deployment whose answers take at most `limit_s`, from now; None without one."""
+        return None if limit_s is None else cls(limit_s, time.monotonic() + limit_s, is_own=False)
 
     @property
     def has_passed(self) -> bool:
@@ -39,7 +46,12 @@ class Deadline:
 
     def exceeded(self, *, is_whole: bool = False) -> DeadlineExceeded:
         """That nothing is left of the time."""
-        return DeadlineExceeded(self.limit_s, begun=is_whole, is_own=True)
+        return DeadlineExceeded(self.limit_s, begun=is_whole, is_own=self.is_own)
+
+
+def earliest(*deadlines: Deadline | None) -> Deadline | None:
+    """The first to pass of those that there are; of equal ones the one that is named first."""
+    return min((one for one in deadlines if one is not None), key=lambda one: one.at_s, default=None)
 
 
 def deadline_of(headers: Mapping[str, str]) -> Deadline | None:

@@ -1,12 +1,14 @@
-"""Waiting for an answer as long as there is a client to give it to."""
+"""Waiting for an answer as long as there is a client to give it to, and time."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TypeVar
 
 from starlette.types import Receive
 
+from sihe.serving.deadlines import Deadline
 from sihe.serving.errors import StreamClosed
 
 CLIENT_GONE = 499  # nginx's status for it; nobody reads the answer
@@ -25,6 +27,18 @@ async def unless_gone(receive: Receive, answer: asyncio.Future[T]) -> T:
     finally:
         gone.cancel()
         answer.cancel()
+
+
+async def in_time(receive: Receive, answer: asyncio.Future[T], deadline: Deadline | None) -> T:
+    """The same, until `deadline`: then the answer is cancelled, too, and this raises `DeadlineExceeded`."""
+    limit = asyncio.timeout(None if deadline is None else max(0.0, deadline.at_s - time.monotonic()))
+    try:
+        async with limit:
+            return await unless_gone(receive, answer)
+    except TimeoutError:
+        if deadline is not None and limit.expired():
+            raise deadline.exceeded(is_whole=True) from None
+        raise
 
 
 async def _until_gone(receive: Receive) -> None:

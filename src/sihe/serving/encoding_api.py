@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from sihe.core.ids import new_id
 from sihe.serving.bodies import request_id
 from sihe.serving.deadlines import Deadline, deadline_of
-from sihe.serving.disconnect import CLIENT_GONE, unless_gone
+from sihe.serving.disconnect import CLIENT_GONE, in_time
 from sihe.serving.encoding_protocol import EmbeddingsBody, RerankBody
 from sihe.serving.engine.encoder.exchange import Encoding, EncodingAnswer
 from sihe.serving.engine.encoder.types import EmbeddingRequest, Encoded, RerankRequest
@@ -101,8 +101,8 @@ async def _encoded(
     capability = question.kind
 
     def begin(served: object) -> EncodeJob:
-        if turn.deadline is not None:
-            turn.deadline.left_s(is_whole=True)
+        if turn.earliest is not None:
+            turn.earliest.left_s(is_whole=True)
         has = getattr(served, "capability", "generation")
         if has != capability:
             raise WrongCapability(name, wanted=capability, has=has)
@@ -114,7 +114,7 @@ async def _encoded(
             job = await asyncio.get_running_loop().run_in_executor(threads, turn.start, begin)
             with job:
                 try:
-                    encoded = await _in_time(request, job, turn.deadline)
+                    encoded = await in_time(request.receive, asyncio.ensure_future(job.result_async()), turn.earliest)
                 except StreamClosed:
                     raise
                 except Exception as error:
@@ -125,18 +125,6 @@ async def _encoded(
             return encoded
     finally:
         turn.left()
-
-
-async def _in_time(request: Request, job: EncodeJob, deadline: Deadline | None) -> Encoded:
-    """The answer to come. Raises the job's error, `StreamClosed` when the client has gone, and `DeadlineExceeded`."""
-    limit = asyncio.timeout(None if deadline is None else deadline.left_s(is_whole=True))
-    try:
-        async with limit:
-            return await unless_gone(request.receive, asyncio.ensure_future(job.result_async()))
-    except TimeoutError:
-        if deadline is not None and limit.expired():
-            raise deadline.exceeded(is_whole=True) from None
-        raise
 
 
 def _tokens(request: EmbeddingRequest | RerankRequest) -> int:

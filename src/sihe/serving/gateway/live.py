@@ -20,6 +20,7 @@ from sihe.core.errors import Busy, NotFound, UserError
 from sihe.core.ids import new_id
 from sihe.core.telemetry import logger
 from sihe.core.tracking import ModelVersion
+from sihe.serving.deadlines import Deadline
 from sihe.serving.engine.stream import GenerationStream
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.errors import DeadlineExceeded, NotReady
@@ -187,6 +188,7 @@ class LiveDeployment:
             weight=weight,
             counts=version is None,
             clock=self._clock,
+            bound=Deadline.of_deployment(self._deployment.replicas.timeout_s),
             hear=partial(self._bystanders.hear, sample, sender) if sample else None,
         )
 

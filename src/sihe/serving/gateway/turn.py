@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar
 from sihe.core.clock import Clock
 from sihe.core.errors import Busy, TimedOut, UserError
 from sihe.core.telemetry import logger
-from sihe.serving.deadlines import Deadline
-from sihe.serving.errors import NotReady
+from sihe.serving.deadlines import Deadline, earliest
+from sihe.serving.errors import DeadlineExceeded, NotReady
 from sihe.serving.exchange import Answer, Question
 from sihe.serving.gateway.replicas.answer import LOST
 from sihe.serving.gateway.replicas.lease import Lease
@@ -98,7 +98,8 @@ class Turn:
     """One request. Not thread-safe: whoever hands it to another thread touches it no more until that is done.
 
     `arm` is where it is now. Its caller may set the time that it has: a `deadline`, beyond which it waits for no
-    replica, and `has_own_limit` where that time stands in the request. After `start` exactly one of `finished`,
+    replica, and `has_own_limit` where that time stands in the request; `bound` is by when the deployment answers, which
+    holds whatever its caller allows. After `start` exactly one of `finished`,
     `failed` and `left` is called, and `start` again where `failed` says so; `left` may be called at any time, also when
     it is over, and does nothing then.
 
@@ -117,9 +118,11 @@ class Turn:
         weight: float,
         counts: bool,
         clock: Clock,
+        bound: Deadline | None = None,
         hear: Hear | None = None,
     ) -> None:
         self.arm = arm
+        self.bound = bound
         self.question: Question | None = None
         self.deadline: Deadline | None = None
         self.has_own_limit = False
@@ -145,6 +148,11 @@ class Turn:
         """Whether anybody beside the path wants to know the answer."""
         return self._hear is not None
 
+    @property
+    def earliest(self) -> Deadline | None:
+        """The first of the two deadlines, where there is one."""
+        return earliest(self.deadline, self.bound)
+
     def start(self, work: Callable[[Served], T], *, block: bool = True) -> T:
         """What `work` gives for what a replica of the arm holds; on the stable arm where this one cannot.
 
@@ -162,8 +170,9 @@ class Turn:
                 if not block:
                     raise
                 told: Exception = error
-                if self.deadline is not None and self.deadline.has_passed:
-                    told = self.deadline.exceeded(is_whole=True)
+                deadline = self.earliest
+                if deadline is not None and deadline.has_passed:
+                    told = deadline.exceeded(is_whole=True)
                 self._end("failed", told)
                 raise told from None
             try:
@@ -217,6 +226,7 @@ class Turn:
             self._arms.presence.enter()
 
     def _obtained(self, block: bool) -> Lease:
+        deadline = self.earliest
         while True:
             self._route = route = self._arms.stable if self.arm == STABLE else self._arms.routes.get(self.arm)
             if route is None or not (self.arm == STABLE or route.is_ready):
@@ -227,7 +237,7 @@ class Turn:
                     weight=self._weight,
                     avoid=frozenset(self._tried),
                     block=block and self.arm == STABLE,
-                    until_s=None if self.deadline is None else self.deadline.at_s,
+                    until_s=None if deadline is None else deadline.at_s,
                 )
             except NotReady:
                 if self.arm == STABLE and route is not self._arms.stable:
@@ -267,7 +277,7 @@ class Turn:
             self._note(refusal.arm, refusal.served_by, outcome, counts=self._counts)
         if error is not None:
             error = self._first_cause(error)
-        if isinstance(error, TimedOut) and (self.has_own_limit or self.deadline is not None):
+        if isinstance(error, TimedOut) and self._is_own_limit(error):
             ending = "left"  # whoever sets itself a limit that no arm can keep proves nothing by it
         if not isinstance(error, UserError | NotReady | Busy):  # what never ran, for reasons of its own or of load
             outcome = self._outcome(ending, error, spent_s)
@@ -275,6 +285,11 @@ class Turn:
                 outcome = replace(outcome, prompt_tokens=answer.prompt_tokens)
             counts = self._counts and not self._was_moved
             self._note(self.arm, self._served_by(), outcome, counts=counts, answer=answer)
+
+    def _is_own_limit(self, error: TimedOut) -> bool:
+        if isinstance(error, DeadlineExceeded):
+            return error.is_own
+        return self.has_own_limit or self.deadline is not None
 
     def _first_cause(self, error: BaseException) -> BaseException:
         """What an error comes of: where a replica was lost, and no other one took the request, that is the loss."""

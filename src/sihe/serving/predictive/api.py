@@ -25,7 +25,7 @@ from sihe.core.http import status_of
 from sihe.core.telemetry import logger
 from sihe.serving.bodies import read_body, request_id
 from sihe.serving.deadlines import Deadline, deadline_of
-from sihe.serving.disconnect import CLIENT_GONE, unless_gone
+from sihe.serving.disconnect import CLIENT_GONE, in_time
 from sihe.serving.errors import NotReady, StreamClosed
 from sihe.serving.exchange import Answer, Question
 from sihe.serving.predictive.bodies import MAX_BODY_BYTES, compressed, decompressed
@@ -65,6 +65,11 @@ class Turning(Protocol):
     deadline: Deadline | None
     has_own_limit: bool
     question: Question | None
+
+    @property
+    def bound(self) -> Deadline | None:
+        """By when the deployment answers, or refuses to."""
+        ...
 
     @property
     def is_heard(self) -> bool:
@@ -281,6 +286,8 @@ async def _infer(
     turn.deadline = deadline
 
     def begin(served: Any) -> _Begun:
+        if turn.bound is not None:
+            turn.bound.left_s(is_whole=True)
         predictor = _predictor(served, name, version)
         parsed = parse_request(
             decompressed(body, encoding),
@@ -296,7 +303,7 @@ async def _infer(
         while True:
             begun = await _started(turn, begin, heavy=heavy)
             try:
-                result = await unless_gone(request.receive, asyncio.wrap_future(begun.future))
+                result = await in_time(request.receive, asyncio.wrap_future(begun.future), turn.bound)
                 # What cannot be written was not answered: an arm is charged with it, and another one may do better.
                 write = _Write(begun.predictor, begun.parsed, result, name, headers.get("accept-encoding", ""))
                 response = await run_in_threadpool(write) if heavy else write()

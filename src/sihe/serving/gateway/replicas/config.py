@@ -116,7 +116,7 @@ class ReplicaConfig:
     A request that meets no replica, while one is on its way, waits for at most `wait_s`, with at most `max_waiting`
     others. One that has not begun to stream is tried on at most `max_attempts` replicas. `hedge` is the share of
     requests that may be sent to a second replica when their first token is late (0: none). `timeout_s` bounds a whole
-    answer.
+    answer, of every kind of model.
     """
 
     min_replicas: int = 1
