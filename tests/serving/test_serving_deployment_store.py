@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sihe.core.clock import FakeClock
-from sihe.core.errors import ConfigError
+from sihe.core.errors import ConfigError, NotFound
 from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.store import DeploymentStore
+from sihe.serving.gateway.traffic.shadow import ShadowReport
+from sihe.serving.gateway.traffic.types import Shadow
 from sihe.serving.gateway.types import DeploymentState
 from sihe.serving.tables import deployments
 
@@ -102,6 +105,32 @@ def test_a_report_that_cannot_be_read_says_nothing_of_what_serves(
 def test_a_reported_error_comes_before_that_of_reading(store: DeploymentStore, records: Records) -> None:
     write(records, status={**READY, "error": "no memory"}, settings={"speed": 3})
     assert store.reported("chat").error == "no memory"
+
+
+def test_what_a_shadow_has_shown_is_that_of_the_present_one(store: DeploymentStore, records: Records) -> None:
+    status = store.reported("chat")
+    shown = ShadowReport(5, 3, 1, 0, 1, 2, 0.75, 1.5, "tokens", 0.02, target="tiny@2")
+    store.report(status, shown)
+    assert store.shadow("chat") is None, "none is wanted"
+    store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "2", 0.5)))
+    assert store.shadow("chat") == shown
+    store.report(status)  # the process that serves now has not begun with it
+    assert store.shadow("chat") is None
+    store.report(status, shown)
+    store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "3", 0.5)))
+    assert store.shadow("chat") is None, "it is about another version"
+    with pytest.raises(NotFound):
+        store.shadow("absent")
+
+
+@pytest.mark.parametrize("said", [{"planet": 3}, {"copies": 1}])
+def test_what_a_newer_version_says_of_a_shadow_is_nothing_here(
+    store: DeploymentStore, records: Records, said: dict[str, object]
+) -> None:
+    store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "2", 0.5)))
+    write(records, status={**READY, "shadow": said})
+    assert store.shadow("chat") is None
+    assert store.reported("chat").state is DeploymentState.READY
 
 
 def test_adapters_are_found_without_the_rest(store: DeploymentStore, records: Records) -> None:

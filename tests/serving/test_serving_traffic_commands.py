@@ -14,9 +14,11 @@ from sihe.core.errors import InvalidInput, NotFound
 from sihe.core.workspace import Workspace
 from sihe.serving.commands import app
 from sihe.serving.engine.types import GenerationRequest
+from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
+from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import ExperimentStore
 from support.tiny_models import tiny_model
 
@@ -73,7 +75,20 @@ def test_what_was_measured_is_shown_with_what_can_be_said_of_it(deployed: Worksp
 def test_shadow_and_logs(deployed: Workspace) -> None:
     assert "copies of 30%" in call("shadow", "chat", "tiny@2", "--share", "0.3", "--always")
     assert "shadow tiny@2 gets copies of 30%" in call("arms", "chat")
+    assert "no serving process has reported" in call("shadows", "chat")
+    found = json.loads(call("shadows", "chat", "--json"))
+    assert (found["shadow"]["share"], found["report"]) == (0.3, None)
+    store = DeploymentStore(deployed.records, deployed.clock)
+    store.report(store.reported("chat"), ShadowReport(8, 5, 1, 0, 2, 4, 0.9375, 1.25, "tokens", 0.05, "tiny@2"))
+    shown = " ".join(call("shadows", "chat").split())
+    assert "shadow tiny@2 gets copies of 30%" in shown
+    assert "8 5 4 1 0 2 0.9375 (tokens) 50 ms 1.25 x" in shown
+    assert json.loads(call("shadows", "chat", "--json"))["report"]["mean_agreement"] == 0.9375
+    store.report(store.reported("chat"), ShadowReport(1, 0, 0, 0, 1, 0, None, None, target="tiny@2"))
+    assert "1 0 0 0 0 1 – – –" in " ".join(call("shadows", "chat").split())
     assert "no shadow" in call("shadow", "chat")
+    with pytest.raises(NotFound, match="sihe deploy shadow chat"):
+        call("shadows", "chat")
     assert "without their text; records are kept for 30 days" in call("log", "chat", "0.5").replace("\n", " ")
     assert "7 days" in call("log", "chat", "0.5", "--keep-days", "7")
     assert "7 days" in call("log", "chat", "0.5")

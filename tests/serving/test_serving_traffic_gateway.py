@@ -288,7 +288,12 @@ def test_the_same_version_as_a_shadow_agrees(gateway: Gateway) -> None:
     until(gateway, lambda: _shadow(gateway, "compared") == 4)
     report = gateway.traffic.shadow("tiny")
     assert report is not None
-    assert (report.same, report.mean_agreement) == (4, 1.0)
+    assert (report.same, report.mean_agreement, report.target) == (4, 1.0, "tiny@1")
+    gateway._next_report_s = 0.0  # it is time for the report of every five seconds
+    elsewhere = Gateway(gateway.workspace)  # one that does not serve
+    until(gateway, lambda: elsewhere.traffic.shadow("tiny") == report)
+    gateway.traffic.set_shadow("tiny", None)
+    assert elsewhere.traffic.shadow("tiny") is None
 
 
 def test_a_broken_shadow_is_a_finding_and_no_trouble(gateway: Gateway, broken: int) -> None:

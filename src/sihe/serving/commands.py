@@ -87,6 +87,7 @@ app.command()(traffic_commands.promote)
 app.command()(traffic_commands.rollback)
 app.command()(traffic_commands.pause)
 app.command()(traffic_commands.shadow)
+app.command()(traffic_commands.shadows)
 app.command()(traffic_commands.log)
 app.command()(traffic_commands.logs)
 

@@ -233,11 +233,10 @@ def _add_findings(routes: APIRouter, gateway: Gateway) -> None:
 
     @routes.get("/api/deployments/{name}/shadow", tags=["traffic"])
     def get_shadow(name: str) -> ShadowReport:
-        """What copies have shown."""
-        gateway.status(name)
+        """What copies have shown; up to some seconds old where another process serves."""
         found = traffic.shadow(name)
         if found is None:
-            raise NotFound("shadow of", name, hint="set one, and ask the process that serves")
+            raise NotFound("shadow of", name, hint="set one, and let the deployment be served")
         return found
 
     @routes.post("/api/deployments/{name}/feedback", tags=["traffic"])

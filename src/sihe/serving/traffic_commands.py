@@ -1,4 +1,4 @@
-"""`sihe deploy arms|arm|canary|promote|rollback|pause|shadow|log|logs`: how requests are dealt out between versions."""
+"""`sihe deploy arms|arm|canary|promote|rollback|pause|shadow|shadows|log|logs`: requests dealt out between versions."""
 
 from __future__ import annotations
 
@@ -138,6 +138,34 @@ def shadow(
     with terminal.workspace() as workspace:
         Gateway(workspace).traffic.set_shadow(name, target or None, share=share, only_idle=not always)
     terminal.say(f"{target} gets copies of {share:.0%}" if target else f"{name} has no shadow")
+
+
+def shadows(name: _Name, as_json: _Json = False) -> None:
+    """Show what copies to the shadow have shown: what has become of them, and how alike the answers are."""
+    from sihe.core.errors import NotFound
+    from sihe.serving.gateway.gateway import Gateway
+
+    with terminal.workspace() as workspace:
+        traffic = Gateway(workspace).traffic
+        policy, report = traffic.policy(name), traffic.shadow(name)
+    wanted = policy.shadow
+    if wanted is None:
+        raise NotFound("shadow of", name, hint=f"set one with  sihe deploy shadow {name} TARGET")
+    if as_json:
+        terminal.emit({"shadow": policy.to_mapping()["shadow"], "report": report}, as_json=True)
+        return
+    terminal.say(f"shadow {wanted.target} gets copies of {wanted.share:.0%}")
+    if report is None:
+        terminal.say("nothing is known of its copies: no serving process has reported of them yet")
+        return
+    fates = ("copies", "compared", "same", "failed", "yielded", "dropped")
+    row: list[Any] = [getattr(report, fate) for fate in fates]
+    row += [
+        "–" if report.mean_agreement is None else f"{report.mean_agreement:.4f} ({report.measure})",
+        _ms(report.mean_latency_s),
+        "–" if report.mean_latency_ratio is None else f"{report.mean_latency_ratio:.2f} x",
+    ]
+    terminal.table((*fates, "agreement", "latency", "beside the caller's"), [row])
 
 
 def log(

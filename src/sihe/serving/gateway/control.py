@@ -133,9 +133,10 @@ class TrafficControl:
         return live.experiment.feedback(feedback_name(request_id, tenant), values)
 
     def shadow(self, name: str) -> ShadowReport | None:
-        """What copies have shown since the serving process began to make them; None without a shadow, or elsewhere."""
+        """What copies have shown since the serving process began to make them, as last stored where that is another
+        one; None without a shadow, or before it was heard of. Raises `NotFound`."""
         live = self._live(name)
-        return live.shadow_report() if live is not None else None
+        return live.shadow_report() if live is not None else self._deployments.shadow(name)
 
     def pulse(self, name: str) -> list[Sample]:
         """The last minutes of each arm, oldest first; empty where another process serves."""

@@ -393,7 +393,7 @@ class Gateway:
                 self._save(live)
             if everything or self._reported.get(name) != status:
                 try:
-                    self._store.report(status)
+                    self._store.report(status, live.shadow_report())
                 except Exception as error:  # noqa: BLE001 - a report that is lost is written again
                     self._log.warning("report_failed", deployment=name, error=repr(error))
                     return

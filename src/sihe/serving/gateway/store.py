@@ -14,6 +14,7 @@ from sihe.core.errors import AlreadyExists, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
+from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import change_traffic, forget
 from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
 from sihe.serving.gateway.types import (
@@ -131,10 +132,11 @@ class DeploymentStore:
                 raise _missing(name)
             forget(connection, name)
 
-    def report(self, status: DeploymentStatus) -> None:
-        """Stores what the serving process says; a deployment that was removed meanwhile stays removed."""
+    def report(self, status: DeploymentStatus, shadow: ShadowReport | None = None) -> None:
+        """Stores what the serving process says, and what its shadow has shown; a deployment that was removed meanwhile
+        stays removed."""
         said = asdict(status)
-        values = {key: said[key] for key in _REPORTED}
+        values = {key: said[key] for key in _REPORTED} | {"shadow": None if shadow is None else asdict(shadow)}
         with self._records.transaction() as connection:
             connection.execute(
                 deployments.update()
@@ -148,6 +150,20 @@ class DeploymentStore:
         A wish or a report that cannot be read, as a newer version wrote it, is the status' error.
         """
         return self._status(self._row(name))
+
+    def shadow(self, name: str) -> ShadowReport | None:
+        """What was last said about the shadow of `name`; None where nothing was of the one that it has now, or nothing
+        that can be read. Raises `NotFound`, and what is wrong with the wish."""
+        row = self._row(name)
+        wanted = _deployment(row).traffic.shadow
+        said = (row.status or {}).get("shadow")
+        if wanted is None or said is None:
+            return None
+        try:
+            found = ShadowReport(**said)
+        except TypeError:  # a newer version wrote it
+            return None
+        return found if found.target == wanted.target else None
 
     def all_reported(self) -> list[DeploymentStatus]:
         """The same of every deployment, by name."""

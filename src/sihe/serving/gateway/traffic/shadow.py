@@ -37,7 +37,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class ShadowReport:
-    """What has become of copies since this process began to make them.
+    """What has become of copies for the version behind `target` since the serving process began to make them.
 
     `mean_agreement` is of a `measure` that suits the model (`exchange.Agreement`); both are None before the first
     comparison, and so is `mean_latency_s`, of the shadow's answers.
@@ -53,6 +53,7 @@ class ShadowReport:
     mean_latency_ratio: float | None
     measure: Measure | None = None
     mean_latency_s: float | None = None
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class ShadowRunner:
                 mean_latency_ratio=self._latency_ratio / compared if compared else None,
                 measure=self._measure,
                 mean_latency_s=self._latency_s / compared if compared else None,
+                target=self.shadow.target,
             )
 
     def close(self) -> None:
