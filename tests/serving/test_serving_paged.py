@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from sihe.models.architecture import AttentionConfig
+from sihe.models.architecture import AttentionConfig, PositionConfig, PositionKind
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
+from sihe.models.score_bias import RelativeBias
 from sihe.serving.engine.compute.paged import TorchCompute
 from sihe.serving.engine.compute.step import Feed, Step
 from sihe.serving.engine.kv.storage import BLOCK_TOKENS, KvPages, blocks_of
 
 
-def small(window: int | None = None, kv_heads: int = 2) -> Decoder:
+def small(window: int | None = None, kv_heads: int = 2, positions: PositionKind = "rope") -> Decoder:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=97,
@@ -28,8 +29,13 @@ def small(window: int | None = None, kv_heads: int = 2) -> Decoder:
         intermediate_size=48,
         max_positions=128,
         attention=AttentionConfig(window=window),
+        positions=PositionConfig(positions),
     )
-    return Decoder(config).eval()
+    model = Decoder(config).eval().requires_grad_(False)
+    for bias in model.modules():
+        if isinstance(bias, RelativeBias):
+            bias.table.normal_()  # fresh ones hardly matter
+    return model
 
 
 def fed(compute: TorchCompute, tokens: Sequence[int], blocks: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
@@ -42,9 +48,12 @@ def fed(compute: TorchCompute, tokens: Sequence[int], blocks: Sequence[int], cut
     return torch.cat(logits)
 
 
+@pytest.mark.parametrize("positions", ["rope", "alibi", "relative"])
 @pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 1), (5, 2), (20, 2)])
-def test_a_sequence_cut_into_steps_gives_the_logits_of_the_whole(window: int | None, kv_heads: int) -> None:
-    model = small(window, kv_heads)
+def test_a_sequence_cut_into_steps_gives_the_logits_of_the_whole(
+    window: int | None, kv_heads: int, positions: PositionKind
+) -> None:
+    model = small(window, kv_heads, positions)
     tokens = torch.randint(97, (50,)).tolist()
     compute = TorchCompute(model, KvPages(model.config, num_blocks=9, dtype=torch.float32))
     with torch.inference_mode():
@@ -52,8 +61,9 @@ def test_a_sequence_cut_into_steps_gives_the_logits_of_the_whole(window: int | N
     torch.testing.assert_close(fed(compute, tokens, [7, 2, 5, 0], [1, 2, 19, 33, 49]), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_feeds_of_different_lengths_share_a_step() -> None:
-    model = small()
+@pytest.mark.parametrize("positions", ["rope", "alibi", "relative"])
+def test_feeds_of_different_lengths_share_a_step(positions: PositionKind) -> None:
+    model = small(positions=positions)
     compute = TorchCompute(model, KvPages(model.config, num_blocks=16, dtype=torch.float32))
     rows = [torch.randint(97, (length,)).tolist() for length in (40, 17, 3, 25)]
     blocks = [[0, 3, 6], [1, 4], [2], [15, 9]]

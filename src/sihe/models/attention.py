@@ -73,7 +73,8 @@ class Mixing(nn.Module):
         """Mixed values, [B, T, N, H]. Raises `ConfigError` where `attend` would not compute what the model asks for."""
         if attend is not None:
             is_same = (getattr(attend, "causal", True), getattr(attend, "window", None)) == (self.causal, self.window)
-            if not is_same or self.bias is not None or places.mask is not None:
+            is_bare = self.bias is not None and not getattr(attend, "has_bias", False)
+            if not is_same or is_bare or places.mask is not None:
                 raise ConfigError(
                     "another attention can only take the place of one with the same causal mask and window, and this "
                     "model or pass has others, documents or a bias on scores",

@@ -13,7 +13,8 @@ class Attend(Protocol):
 
     A serving engine hands in one that writes keys and values to its cache and attends over what the cache holds. Where
     the model has a window, an attribute `window` says that this attention keeps to it; where it is an encoder, an
-    attribute `causal` is False.
+    attribute `causal` is False; where it has biases on scores, an attribute `has_bias` says that this attention adds
+    them.
     """
 
     def __call__(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, /) -> Tensor:

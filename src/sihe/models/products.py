@@ -30,8 +30,8 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [..., I] → [..., O], in the dtype of `x`."""
-    if factor_dtype(x) is x.dtype or x.numel() < _MIN_ROWS * x.shape[-1]:
+    """x @ weight.T + bias, [..., I] → [..., O], in the dtype of `x`; compiled it is torch's own."""
+    if torch.compiler.is_compiling() or factor_dtype(x) is x.dtype or x.numel() < _MIN_ROWS * x.shape[-1]:
         return nn.functional.linear(x, weight_OI, bias_O)
     y: Tensor = _Widened.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return y

@@ -33,14 +33,17 @@ class Rotation:
 
         In each of the K groups come first its queries, then its key, then its value.
         """
+        if torch.compiler.is_compiling():  # it fuses single operations, and takes none that write to a slice
+            q_BTKGH, k_BTKH, v_BTKH = _parts(qkv_BTKGH)
+            q_BTNH = _turned(q_BTKGH, self.cos.unsqueeze(3), self.sin.unsqueeze(3)).flatten(2, 3)
+            return q_BTNH, _turned(k_BTKH, self.cos, self.sin), v_BTKH
         turned: tuple[Tensor, Tensor, Tensor]
         turned = _SplitAndTurn.apply(qkv_BTKGH, self.cos, self.sin)  # type: ignore[no-untyped-call]  # torch's own
         return turned
 
     def turn(self, x_BTNH: Tensor) -> Tensor:
         """Any heads turned to their positions."""
-        low, high = x_BTNH.chunk(2, dim=-1)
-        return torch.cat((low * self.cos - high * self.sin, high * self.cos + low * self.sin), dim=-1)
+        return _turned(x_BTNH, self.cos, self.sin)
 
 
 class _SplitAndTurn(torch.autograd.Function):
@@ -76,6 +79,11 @@ class _SplitAndTurn(torch.autograd.Function):
 
 def _parts(qkv_BTKGH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv_BTKGH[:, :, :, :-2], qkv_BTKGH[:, :, :, -2], qkv_BTKGH[:, :, :, -1]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, into: Tensor) -> None:

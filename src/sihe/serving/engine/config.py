@@ -28,7 +28,9 @@ class EngineConfig:
     (in a virtual machine, whose host finds memory late as well, up to a fifth of reading a prompt); with
     `reserve_cache` it is taken when the engine loads, which then takes longer. `token_budget` bounds the tokens of one
     step: every running sequence decodes one, and prompts are read in chunks within what remains, so it bounds how long
-    a long prompt can delay everyone else's next token.
+    a long prompt can delay everyone else's next token. `compile` is for models that torch computes: what lies between
+    their attention layers goes through `torch.compile` while the engine warms up, which needs a compiler; steps with
+    adapters and the draft model do without.
 
     `max_adapters` LoRA adapters can be loaded at once, beside each other in one batch; `adapters` are those to load
     from the start, each as `name=folder`.
@@ -47,6 +49,7 @@ class EngineConfig:
     token_budget: int = 512
     kv_cache_bytes: int | None = None
     reserve_cache: bool = False
+    compile: bool = False
     max_waiting: int = 256
     speculation: SpeculationKind = "none"
     draft_model: str | None = None
@@ -79,8 +82,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
-        if not isinstance(self.reserve_cache, bool):
-            raise ConfigError(f"reserve_cache is true or false, got {self.reserve_cache!r}", key="reserve_cache")
+        for name in ("reserve_cache", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is true or false, got {getattr(self, name)!r}", key=name)
         object.__setattr__(self, "adapters", tuple(self.adapters))  # JSON has lists
         if not isinstance(self.max_adapters, int) or isinstance(self.max_adapters, bool) or self.max_adapters < 0:
             raise ConfigError(

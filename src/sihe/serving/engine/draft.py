@@ -213,5 +213,6 @@ def load_proposer(config: EngineConfig, tokenizer: ModelTokenizer, runner: Model
             f"the draft model in {folder.name!r} has other tokens than the model: take one of the same family",
             key="draft_model",
         )
-    small = ModelRunner.load(folder, replace(config, speculation="none", draft_model=None, max_context=None))
+    alone = replace(config, speculation="none", draft_model=None, max_context=None, compile=False)
+    small = ModelRunner.load(folder, alone)
     return DraftModel(small, vocab_size=runner.config.vocab_size, budget=config.token_budget)

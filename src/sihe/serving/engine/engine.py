@@ -176,12 +176,17 @@ class Engine:
         return sequence.stream
 
     def warm(self) -> None:
-        """Answers one real request, so that the first user meets neither a cold engine nor a broken model.
+        """Answers a real request, so that the first user meets neither a cold engine nor a broken model.
 
-        Its tokens are drawn, not the likeliest: what draws them may have to be compiled.
+        Its tokens are drawn, not the likeliest: what draws them may have to be compiled. So may be the model, for one
+        token and for more: then another prompt fills a step, as a compiler goes by the sizes that it sees first.
         """
-        prompt = (0,)  # a token that every vocabulary has
-        self.submit(GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=1, ignore_eos=True)).result()
+        lengths = (min(self.config.token_budget, self.context_tokens - 1), 1) if self.config.compile else (1,)
+        for length in lengths:
+            prompt = (0,) * length  # a token that every vocabulary has
+            self.submit(
+                GenerationRequest(prompt=prompt, max_tokens=_WARM_TOKENS, temperature=1, ignore_eos=True)
+            ).result()
 
     def forget_prefixes(self) -> None:
         """What was computed until now is found by no later request: to be called when the weights have changed."""

@@ -16,6 +16,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.models.lora import Lora
 from sihe.models.precision import has_bf16
+from sihe.serving.engine.compute.compiled import check_compiler
 from sihe.serving.engine.compute.cpu.support import WeightKind, is_supported
 from sihe.serving.engine.compute.paged import TorchCompute
 from sihe.serving.engine.compute.step import Compute, Feed, Step
@@ -53,6 +54,8 @@ class ModelRunner:
         kv_dtype = dtype if config.kv_dtype == "auto" else _KV_DTYPES[config.kv_dtype]
         if kv_dtype == torch.int8 and not on_kernels:
             raise ConfigError(_needs_kernels("kv_dtype", "int8"), key="kv_dtype")
+        if config.compile:
+            _check_compile(device, on_kernels)
         context = min(config.max_context or model_config.max_positions, model_config.max_positions)
         available = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         weights = model_config.num_parameters * dtype.itemsize  # what is packed smaller is read in this dtype first
@@ -82,7 +85,7 @@ class ModelRunner:
                 model, pages, kind, threads=config.threads, keep=keep_model, max_adapters=config.max_adapters
             )
         else:
-            compute = TorchCompute(model.to(device), pages)
+            compute = TorchCompute(model.to(device), pages, compile=config.compile)
         return cls(model_config, compute, pages, context=context, model=model if keep_model else None)
 
     @property
@@ -151,6 +154,17 @@ def _needs_kernels(setting: str, value: str) -> str:
     return (
         f"{setting} = {value!r} is for the architectures that run on a CPU's own kernels; take bfloat16 or float32 here"
     )
+
+
+def _check_compile(device: torch.device, on_kernels: bool) -> None:
+    """Raises `ConfigError` where `compile` has no effect, or the compiler does not work."""
+    if on_kernels:
+        raise ConfigError(
+            "compile = true is for models that torch computes, and this one runs on the CPU's own kernels, which are "
+            "compiled: leave compile out",
+            key="compile",
+        )
+    check_compiler(device)
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, WeightKind]:

@@ -62,6 +62,8 @@ class EncoderRunner:
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> EncoderRunner:
         """The model of `folder`. Raises what is wrong with it, or `NoMemory`, before anything is loaded."""
+        if config.compile:
+            raise ConfigError("compile = true is for models that generate: leave compile out", key="compile")
         recipe = read_recipe(folder)
         shape = load_config(recipe.folder)
         dtype = _dtype(recipe.folder, shape, config)
