@@ -132,10 +132,11 @@ def ask(folder: Path, settings: EngineConfig, *, rounds: int = 1) -> list[tuple[
         engine.warm()
         warm = num_graphs()
         for _ in range(rounds):
-            streams = [
-                engine.submit(GenerationRequest(prompt=prompt, max_tokens=ANSWER, temperature=0))
-                for prompt in prompts()
-            ]
+            with engine._changed:  # all of them wait before the first is taken up
+                streams = [
+                    engine.submit(GenerationRequest(prompt=prompt, max_tokens=ANSWER, temperature=0))
+                    for prompt in prompts()
+                ]
             answers = [stream.result(60).token_ids for stream in streams]
         assert num_graphs() == warm
         engine.close(drain=True)

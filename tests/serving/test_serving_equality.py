@@ -126,10 +126,11 @@ def run(known: Known, settings: EngineConfig, *, rounds: int = 1) -> Watch:
     clock = FakeClock()  # stands still: proposals are free
     with Engine(runner, tokenizer, settings, name="x", proposer=proposer, observer=watch, clock=clock) as engine:
         for _ in range(rounds):
-            streams = [
-                engine.submit(GenerationRequest(prompt=prompt, max_tokens=ANSWER, temperature=0))
-                for prompt in known.prompts
-            ]
+            with engine._changed:  # all of them wait before the first is taken up, however busy the machine is
+                streams = [
+                    engine.submit(GenerationRequest(prompt=prompt, max_tokens=ANSWER, temperature=0))
+                    for prompt in known.prompts
+                ]
             for stream, expected in zip(streams, known.answers, strict=True):
                 assert stream.result(30).token_ids == expected
         engine.close(drain=True)
