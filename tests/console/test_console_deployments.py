@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import pytest
 from fastapi.testclient import TestClient
+from markupsafe import escape
+from sqlalchemy import Table
 
 from sihe.console.language import translate
 from sihe.console.pages.deployments import MEASURES, curves_of
@@ -16,6 +18,7 @@ from sihe.serving.exchange import Measure
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.types import Sender
+from sihe.serving.tables import deployments, rollouts
 from support.debian import wait_until
 
 PAGE = "/models/deployments/chat"
@@ -112,6 +115,69 @@ def test_mistakes_come_back(client: TestClient, gateway: Gateway, path: str, for
 def test_an_unknown_deployment_is_not_found(client: TestClient) -> None:
     for path in ("", "/stream"):
         assert client.get(f"/models/deployments/absent{path}").status_code == 404
+
+
+@pytest.fixture
+def newer(client: TestClient, gateway: Gateway) -> Iterator[Callable[[Table, dict[str, object]], str]]:
+    """Writes what no version of the house understands into the records of a deployment with a rollout; its page."""
+    gateway.deploy("newer", "tiny@2")
+    gateway.rollouts.start("newer", "tiny@1")
+
+    def write(table: Table, values: dict[str, object]) -> str:
+        is_it = (table.c.name if table is deployments else table.c.deployment) == "newer"
+        with gateway.workspace.records.transaction() as connection:
+            connection.execute(table.update().where(is_it).values(**values))
+        gateway.notify()
+        return "/models/deployments/newer"
+
+    yield write
+    if any(status.name == "newer" for status in gateway.list()):
+        gateway.remove("newer")
+
+
+def test_a_deployment_that_cannot_be_read_says_why_and_what_can_be_done(
+    client: TestClient, gateway: Gateway, newer: Callable[[Table, dict[str, object]], str], language: str
+) -> None:
+    page = newer(deployments, {"settings": {"speed": 3}})
+    shown = client.get(page, headers={"accept-language": language})
+    assert shown.status_code == 200
+    assert translate(language, "unreadable.title") in shown.text
+    assert shown.text.count("unknown engine setting") == 1
+    for action in (f"{page}/rollout/rollback", f"{page}/remove", "/models/deployments"):
+        assert f'action="{action}"' in shown.text
+    assert client.post(f"{page}/rollout/rollback", follow_redirects=False).status_code == 303
+    assert f"{page}/rollout/rollback" not in client.get(page).text
+    client.post("/models/deployments", data={"name": "newer", "reference": "tiny@2"})
+    shown = client.get(page, headers={"accept-language": language})
+    assert translate(language, "traffic.live") in shown.text
+    assert gateway.status("newer").error is None
+
+
+@pytest.mark.parametrize(
+    ("table", "values"),
+    [
+        (rollouts, {"plan": {"speed": 3}}),
+        (deployments, {"traffic": {"logs": {"speed": 3}}}),
+        (deployments, {"replicas": {"speed": 3}}),
+    ],
+)
+def test_whatever_cannot_be_read_of_a_deployment_can_be_removed(
+    client: TestClient,
+    gateway: Gateway,
+    newer: Callable[[Table, dict[str, object]], str],
+    table: Table,
+    values: dict[str, object],
+) -> None:
+    page = newer(table, values)
+    shown = client.get(page, headers={"accept-language": "en"})
+    error = gateway.status("newer").error
+    assert error
+    assert (shown.status_code, str(escape(error)) in shown.text) == (200, True)
+    assert translate("en", "unreadable.title") in shown.text
+    if table is rollouts:  # else the parts that change are this process's own, and can be shown
+        assert client.get(f"{page}/stream").text.startswith("event: end")
+    assert client.post(f"{page}/remove", follow_redirects=False).status_code == 303
+    assert client.get(page).status_code == 404
 
 
 def test_curves_have_a_series_for_each_arm(gateway: Gateway) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sihe.core.clock import FakeClock
-from sihe.core.errors import ConfigError, NotFound
+from sihe.core.errors import ConfigError, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.store import DeploymentStore
@@ -81,6 +81,30 @@ def test_a_wish_that_cannot_be_read_is_shown_with_its_error_and_repaired_by_anot
         store.get("chat")
     store.put("chat", "tiny", "live", EngineConfig())
     assert store.reported("chat").error is None
+
+
+@pytest.mark.parametrize(
+    ("traffic", "said"),
+    [
+        ({"logs": {"moons": 3}}, "'moons'"),
+        ({"arms": [{"name": "b", "moons": 3}]}, "'moons'"),
+        ({"arms": 3}, "not iterable"),
+        ({"arms": [3]}, "cannot be read"),
+        ({"sticky": "moon"}, "'moon'"),
+    ],
+)
+def test_arms_that_cannot_be_read_stop_only_their_deployment_which_can_be_removed(
+    store: DeploymentStore, records: Records, traffic: dict[str, object], said: str
+) -> None:
+    write(records, traffic=traffic)
+    faults: dict[str, Exception] = {}
+    assert [found.name for found in store.all(faults.__setitem__)] == ["a-good-one"]
+    assert said in str(faults["chat"])
+    assert store.reported("chat").error == str(faults["chat"])
+    with pytest.raises(UserError):
+        store.change_traffic("chat", lambda policy: policy)
+    store.remove("chat")
+    assert [found.name for found in store.all()] == ["a-good-one"]
 
 
 @pytest.mark.parametrize(

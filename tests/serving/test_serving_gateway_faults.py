@@ -256,3 +256,6 @@ def test_a_rollout_that_cannot_be_read_stops_only_its_deployment(own: Gateway) -
         own.rollouts.pause("newer")
     with pytest.raises(NotFound):
         own.rollouts.pause("good")
+    own.rollouts.roll_back("newer")
+    assert set(own._live["newer"].routes) == {"stable"}, "it is followed again"
+    assert (own.status("newer").error, own.rollouts.history("newer")) == (None, [])

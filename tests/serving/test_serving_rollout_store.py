@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sihe.core.clock import FakeClock
-from sihe.core.errors import AlreadyExists, Busy, NotFound
+from sihe.core.errors import AlreadyExists, Busy, InvalidInput, NotFound, UserError
 from sihe.core.ids import new_id
 from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
@@ -20,6 +20,7 @@ from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState, Step
 from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
 from sihe.serving.gateway.traffic.types import Arm
+from sihe.serving.tables import rollouts
 from support.debian import postgres_server
 
 PLAN = Plan(steps=(Step(0.1), Step(0.5)))
@@ -96,6 +97,43 @@ def test_a_promoted_version_is_what_is_deployed(records: Records, clock: FakeClo
     assert found.replicas == ReplicaConfig(max_replicas=2)
     with pytest.raises(Busy):
         store.promoted(promoting, selector="2")
+
+
+@pytest.mark.parametrize("unread", [{"settings": {"speed": 3}}, {"plan": {"speed": 3}}])
+def test_a_rollout_that_cannot_be_read_is_rolled_back_all_the_same(
+    records: Records, clock: FakeClock, deployed: DeploymentStore, unread: dict[str, object]
+) -> None:
+    store = RolloutStore(records, clock)
+    with pytest.raises(NotFound):
+        store.roll_back("chat", reason="by hand")
+    first = a_rollout(clock)
+    store.begin(first)
+    store.roll_back("chat", reason="by hand")
+    (past,) = store.history("chat")
+    assert (past.id, past.state, past.reason) == (first.id, RolloutState.ROLLED_BACK, "by hand")
+    store.begin(a_rollout(clock))
+    with records.transaction() as connection:
+        is_active = rollouts.c.state == RolloutState.RUNNING.value
+        connection.execute(rollouts.update().where(is_active).values(**unread))
+    for look in (store.of, store.history):
+        with pytest.raises(UserError, match="speed"):
+            look("chat")
+    store.roll_back("chat", reason="by hand")
+    assert deployed.get("chat").traffic.arms == ()
+    assert (store.find("chat"), store.history("chat")) == (None, [past])
+
+
+def test_what_is_being_promoted_is_not_rolled_back(
+    records: Records, clock: FakeClock, deployed: DeploymentStore
+) -> None:
+    store = RolloutStore(records, clock)
+    begun = a_rollout(clock)
+    store.begin(begun)
+    promoting = store.move(begun, state=RolloutState.PROMOTING)
+    with pytest.raises(InvalidInput, match="being promoted"):
+        store.roll_back("chat", reason="by hand")
+    assert store.of("chat") == promoting
+    assert [arm.name for arm in deployed.get("chat").traffic.arms] == ["canary"]
 
 
 def test_one_rollout_at_a_time(records: Records, clock: FakeClock, deployed: DeploymentStore) -> None:

@@ -214,12 +214,14 @@ def _add_rollouts(routes: APIRouter, gateway: Gateway) -> None:
         return rollouts.start(name, body.target, plan, arm=body.arm, settings=body.settings)
 
     @routes.post("/api/deployments/{name}/rollout/{action}", tags=["traffic"])
-    def steer_rollout(name: str, action: Literal["promote", "rollback", "pause", "resume"]) -> Rollout:
-        """Promotes the canary, takes it away, lets it stay at its step, or go on."""
+    def steer_rollout(name: str, action: Literal["promote", "rollback", "pause", "resume"]) -> Rollout | None:
+        """Promotes the canary, takes it away, lets it stay at its step, or go on; null of one that cannot be read."""
         if action == "promote":
             return rollouts.promote(name)
         if action == "rollback":
-            return rollouts.roll_back(name)
+            rollouts.roll_back(name)
+            latest = next(iter(rollouts.history(name)), None)
+            return latest if latest is not None and not latest.is_active else None
         return rollouts.pause(name, paused=action == "pause")
 
 

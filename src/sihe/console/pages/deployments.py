@@ -12,11 +12,12 @@ from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from sihe.console.context import Console
 from sihe.console.stream import Event, event_stream, pause
-from sihe.core.errors import InvalidInput, NotFound
+from sihe.core.errors import InvalidInput, NotFound, UserError
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
 from sihe.serving.gateway.traffic.pulse import Sample
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, Step
 from sihe.serving.gateway.traffic.types import SHADOW
+from sihe.serving.gateway.types import DeploymentStatus
 
 MEASURES = ("requests_per_s", "ttft_s", "tpot_s", "in_hand", "kv_used")
 _LOOK_EVERY_S = 1.0
@@ -36,15 +37,21 @@ def router(console: Console) -> APIRouter:
         status = gateway.status(name)
         model = status.target.partition("@")[0]
         versions = console.workspace.tracking.model_versions(model)
-        found = {
-            "deployment": status,
-            "policy": gateway.traffic.policy(name),
-            "measures": MEASURES,
-            "references": [version.key.removeprefix("model:") for version in versions],
-            "history": [rollout for rollout in gateway.rollouts.history(name) if not rollout.is_active][:5],
-            "logs": gateway.traffic.logs(name, limit=_ROWS),
-        }
-        return console.views.page(request, "deployment.html", **found, **_live(console, name))
+        references = [version.key.removeprefix("model:") for version in versions]
+        try:
+            found = {
+                "policy": gateway.traffic.policy(name),
+                "history": [rollout for rollout in gateway.rollouts.history(name) if not rollout.is_active][:5],
+                "logs": gateway.traffic.logs(name, limit=_ROWS),
+                **_live(console, name),
+            }
+        except NotFound:
+            raise
+        except UserError as error:
+            return _unreadable(console, request, status, references, error)
+        return console.views.page(
+            request, "deployment.html", deployment=status, measures=MEASURES, references=references, **found
+        )
 
     @routes.get("/{name}/stream")
     async def stream(request: Request, name: str) -> StreamingResponse:
@@ -99,6 +106,22 @@ def router(console: Console) -> APIRouter:
     return routes
 
 
+def _unreadable(
+    console: Console, request: Request, status: DeploymentStatus, references: list[str], error: UserError
+) -> HTMLResponse:
+    """What can be done where the records hold what this version of the house does not understand."""
+    faults: dict[str, Exception] = {}
+    active = console.gateway.rollouts.active(faults.__setitem__)
+    return console.views.page(
+        request,
+        "deployment_unreadable.html",
+        deployment=status,
+        fault=str(error),
+        references=references,
+        has_rollout=status.name in active or status.name in faults,
+    )
+
+
 def _live(console: Console, name: str) -> dict[str, Any]:
     """What changes while one looks on."""
     traffic = console.gateway.traffic
@@ -122,7 +145,7 @@ async def _follow(console: Console, request: Request, name: str) -> AsyncIterato
         began = time.monotonic()
         try:
             parts, curves = await asyncio.to_thread(_look, console, request, name)
-        except NotFound:  # it was removed
+        except UserError:  # it was removed, or cannot be read any more
             yield Event("end", None)
             return
         changed = {part: html for part, html in parts.items() if shown.get(part) != html}

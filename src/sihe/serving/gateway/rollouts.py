@@ -58,7 +58,7 @@ class RolloutControl:
         return rollout
 
     def history(self, name: str) -> list[Rollout]:
-        """The latest rollouts, newest first."""
+        """The latest rollouts, newest first; but for one on its way, those that can be read."""
         self._deployments.get(name)
         return self._rollouts.history(name)
 
@@ -93,24 +93,26 @@ class RolloutControl:
             selector = str(seen.version)
         return self._rollouts.promoted(seen, selector=selector)
 
-    def roll_back(self, name: str, *, reason: str = "rolled back by hand") -> Rollout:
-        """Takes the canary away; the stable version was never touched. Raises `NotFound`, `Busy`."""
-        return self._move(name, RolloutState.ROLLED_BACK, reason)
+    def roll_back(self, name: str, *, reason: str = "rolled back by hand") -> None:
+        """Takes the canary away, also of a rollout that cannot be read; the stable version was never touched.
+
+        Raises `NotFound`, `Busy`, and `InvalidInput` where it is being promoted.
+        """
+        self._rollouts.roll_back(name, reason=reason)
+        self._notify()
 
     def pause(self, name: str, *, paused: bool = True) -> Rollout:
         """Lets the canary stay at its step, or go on. Raises `NotFound`, `Busy`."""
-        return self._move(name, RolloutState.PAUSED if paused else RolloutState.RUNNING, "")
+        state = RolloutState.PAUSED if paused else RolloutState.RUNNING
+        seen = self._rollouts.of(name)
+        if seen.state is RolloutState.PROMOTING:
+            raise InvalidInput(f"the rollout of {name!r} is being promoted and cannot become {state.value}")
+        moved = seen if seen.state is state else self._rollouts.move(seen, state=state)
+        self._notify()
+        return moved
 
     def advance(
         self, seen: Rollout, *, state: RolloutState | None = None, step: int | None = None, reason: str
     ) -> Rollout:
         """Moves a rollout on from how it was seen. Raises `Busy`."""
         return self._rollouts.move(seen, state=state, step=step, reason=reason)
-
-    def _move(self, name: str, state: RolloutState, reason: str) -> Rollout:
-        seen = self._rollouts.of(name)
-        if seen.state is RolloutState.PROMOTING:
-            raise InvalidInput(f"the rollout of {name!r} is being promoted and cannot become {state.value}")
-        moved = seen if seen.state is state else self._rollouts.move(seen, state=state, reason=reason)
-        self._notify()
-        return moved

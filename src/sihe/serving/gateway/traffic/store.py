@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select
 
 from sihe.core.clock import Clock
-from sihe.core.errors import AlreadyExists, Busy, NotFound, UserError
+from sihe.core.errors import AlreadyExists, Busy, InvalidInput, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.gateway.settings import from_mapping
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
@@ -62,10 +62,21 @@ class RolloutStore:
         return found
 
     def history(self, deployment: str) -> list[Rollout]:
-        """The latest rollouts of a deployment, newest first."""
+        """The latest rollouts of a deployment, newest first; but for one on its way, those that can be read.
+
+        Raises what is wrong with one that is on its way.
+        """
         query = select(rollouts).where(rollouts.c.deployment == deployment).order_by(rollouts.c.id.desc())
         with self._records.snapshot() as connection:
-            return [_rollout(row) for row in connection.execute(query.limit(_HISTORY))]
+            rows = connection.execute(query.limit(_HISTORY)).all()
+        found = []
+        for row in rows:
+            try:
+                found.append(_rollout(row))
+            except UserError:
+                if row.state in _ACTIVE:
+                    raise
+        return found
 
     def find(self, deployment: str) -> Rollout | None:
         """The rollout that is on its way, if there is one. Raises what is wrong with it where it cannot be read."""
@@ -79,7 +90,7 @@ class RolloutStore:
         """The same. Raises `NotFound` too."""
         found = self.find(deployment)
         if found is None:
-            raise NotFound("rollout of", deployment, hint="start one with  sihe deploy canary")
+            raise _no_rollout(deployment)
         return found
 
     def move(
@@ -99,6 +110,22 @@ class RolloutStore:
             elif moved.step != seen.step:
                 change_traffic(connection, seen.deployment, lambda policy: policy.with_arm(_arm(moved)))
         return moved
+
+    def roll_back(self, deployment: str, *, reason: str) -> None:
+        """Ends the rollout that is on its way and takes its arm away. What was planned is not read: it may be what a
+        newer version wrote. Raises `NotFound`, `Busy`, and `InvalidInput` where it is being promoted."""
+        is_active = (rollouts.c.deployment == deployment) & rollouts.c.state.in_(_ACTIVE)
+        values = {"state": RolloutState.ROLLED_BACK.value, "reason": reason[:2000], "changed_at": self._clock.now()}
+        with self._records.transaction() as connection:
+            row = connection.execute(select(rollouts.c.id, rollouts.c.arm, rollouts.c.state).where(is_active)).first()
+            if row is None:
+                raise _no_rollout(deployment)
+            if row.state == RolloutState.PROMOTING.value:
+                raise InvalidInput(f"the rollout of {deployment!r} is being promoted and cannot be rolled back")
+            is_it = (rollouts.c.id == row.id) & (rollouts.c.state == row.state)
+            if connection.execute(rollouts.update().where(is_it).values(**values)).rowcount == 0:
+                raise _moved(deployment)
+            change_traffic(connection, deployment, lambda policy: _without(policy, row.arm))
 
     def promoted(self, seen: Rollout, *, selector: str) -> Rollout:
         """Ends a PROMOTING rollout: its version is what is deployed, under `selector`, and its arm is gone.
@@ -123,7 +150,7 @@ class RolloutStore:
             .values(state=moved.state.value, step=moved.step, reason=moved.reason, changed_at=moved.changed_at)
         )
         if changed.rowcount == 0:
-            raise Busy(f"the rollout of {seen.deployment!r} has moved since it was looked at: look again")
+            raise _moved(seen.deployment)
 
 
 class ExperimentStore:
@@ -180,6 +207,14 @@ def forget(connection: Connection, name: str) -> None:
     """Removes what is stored here about a deployment that goes."""
     for table in (rollouts, experiments):
         connection.execute(table.delete().where(table.c.deployment == name))
+
+
+def _no_rollout(deployment: str) -> NotFound:
+    return NotFound("rollout of", deployment, hint="start one with  sihe deploy canary")
+
+
+def _moved(deployment: str) -> Busy:
+    return Busy(f"the rollout of {deployment!r} has moved since it was looked at: look again")
 
 
 def _without(policy: TrafficPolicy, arm: str) -> TrafficPolicy:

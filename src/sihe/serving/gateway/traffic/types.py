@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from sihe.core.errors import AlreadyExists, InvalidInput, NotFound
+from sihe.core.errors import AlreadyExists, ConfigError, InvalidInput, NotFound
 from sihe.core.ids import check_name
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
 
@@ -162,17 +162,20 @@ class TrafficPolicy:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> TrafficPolicy:
-        """The policy that `to_mapping` wrote; the default one for None."""
+        """The policy that `to_mapping` wrote; the default one for None. Raises `ConfigError`, `InvalidInput`."""
         if not values:
             return cls()
         shadow = values.get("shadow")
-        return cls(
-            arms=tuple(Arm(**_with_settings(arm)) for arm in values.get("arms", ())),
-            shadow=Shadow(**_with_settings(shadow)) if shadow else None,
-            logs=LogPolicy(**values.get("logs", {})),
-            sticky=values.get("sticky", "session"),
-            salt=values.get("salt", ""),
-        )
+        try:
+            return cls(
+                arms=tuple(Arm(**_with_settings(arm)) for arm in values.get("arms", ())),
+                shadow=Shadow(**_with_settings(shadow)) if shadow else None,
+                logs=LogPolicy(**values.get("logs", {})),
+                sticky=values.get("sticky", "session"),
+                salt=values.get("salt", ""),
+            )
+        except (TypeError, AttributeError) as error:  # fields of a newer version, or none where there were some
+            raise ConfigError(f"how requests are dealt out cannot be read: {error}", key="traffic") from error
 
 
 @dataclass(frozen=True, slots=True)
