@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -19,30 +18,10 @@ from support.open_inference import (
     House,
     all_wait,
     floats,
-    gated,
     given,
     is_inside,
-    opened_house,
 )
 from support.predictive_models import features
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with opened_house(tmp_path_factory.mktemp("models")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(house.url.removeprefix("http://"), concurrency=8) as opened:
-        yield opened
-
-
-@pytest.fixture
-def gate(house: House) -> Iterator[Gate]:
-    with gated(house) as opened:
-        yield opened
 
 
 def test_errors_are_in_the_protocols_form(client: triton.InferenceServerClient) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -21,31 +21,10 @@ from support.open_inference import (
     House,
     all_wait,
     floats,
-    gated,
     given,
     is_inside,
-    opened_house,
 )
 from support.predictive_models import classifier, features
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with opened_house(tmp_path_factory.mktemp("models")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(house.url.removeprefix("http://"), concurrency=8) as opened:
-        yield opened
-
-
-@pytest.fixture
-def gate(house: House) -> Iterator[Gate]:
-    with gated(house) as opened:
-        yield opened
-
 
 # ---- health and metadata -------------------------------------------------------------------------------------------
 
