@@ -2,38 +2,66 @@
 
 A tile (the innermost loops of a kernel) is written here as instructions on vectors of 16 float32 or int32 lanes, so
 that it needs no compiler on the user's machine and no library of intrinsics: LLVM splits the vectors where the
-processor has narrower registers. Only the product of bytes has an instruction of its own, used where the processor has
-it. Addresses are plain numbers: whoever calls a tile answers for what lies there.
+processor has narrower registers, and a tile asks `vectors_in_registers` how many it may keep. Only the product of bytes
+has instructions of its own, by processor. Addresses are plain numbers: whoever calls a tile answers for what is there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 F32X16, I32X16, I16X16, I8X16 = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16, I8))
+I32X8, I16X32, I8X32, I8X64 = (ir.VectorType(kind, n) for kind, n in ((I32, 8), (I16, 32), (I8, 32), (I8, 64)))
 
 Value = Any  # an llvmlite value: the library has no types of its own
 Emit = Callable[["Tile", list[Value]], None]
 
 
 @cache
-def has_vnni() -> bool:
-    """Whether the processor multiplies bytes four at a time (AVX-512 VNNI)."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512vnni"))
+def features() -> frozenset[str]:
+    """What the processor that Numba compiles for can do, by LLVM's names; `NUMBA_CPU_FEATURES` can make it less."""
+    _, _, names = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(name[1:] for name in names.split(",") if name.startswith("+"))
+
+
+@cache
+def vectors_in_registers() -> int:
+    """How many vectors of 16 float32 the processor's registers hold."""
+    if "avx512f" in features():
+        return 32
+    return 8 if "avx" in features() or platform.machine() in ("aarch64", "arm64") else 4
+
+
+ByteProduct = Literal["avx512-vnni", "avx-vnni", "avx2", "plain"]
+BYTE_PRODUCTS: dict[ByteProduct, frozenset[str]] = {
+    "avx512-vnni": frozenset({"avx512f", "avx512vnni"}),
+    "avx-vnni": frozenset({"avxvnni"}),
+    "avx2": frozenset({"avx2"}),
+    "plain": frozenset(),
+}
+"""The ways to multiply bytes, the fastest first, and what each needs: four products at a time are added in 32 bits
+(VNNI), two in 16, or each is computed by itself."""
+
+
+@cache
+def byte_product() -> ByteProduct:
+    """The fastest way to multiply bytes that the processor has."""
+    return next(way for way, needs in BYTE_PRODUCTS.items() if needs <= features())
 
 
 def digest_of(*modules: ModuleType) -> str:
@@ -189,7 +217,7 @@ class _Memory:
 
     def constant(self, number: float, kind: Any = F32X16) -> Value:
         """A number in all lanes."""
-        return ir.Constant(kind, [number] * LANES)
+        return ir.Constant(kind, [number] * kind.count)
 
 
 class Tile(_Memory):
@@ -219,7 +247,7 @@ class Tile(_Memory):
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a b + c, rounded once."""
-        return self._call("llvm.fma", a.type, a, b, c)
+        return self._call("llvm.fma.v16f32", a.type, a, b, c)
 
     def maximum(self, a: Value, b: Value) -> Value:
         """The larger of each pair of lanes."""
@@ -241,17 +269,55 @@ class Tile(_Memory):
         """The number in the first lane."""
         return self.b.extract_element(value, I32(0))
 
+    # ---- products of bytes -----------------------------------------------------------------------------------------
+    #
+    # AVX2 adds two products in 16 bits, where 255 * 127 twice would not fit. A tile takes signed bytes there, or small
+    # ones whose sums fit for several steps.
+
+    @property
+    def adds_in_16_bits(self) -> bool:
+        """Whether `dot4` is slow, and `dot4_signed`, `dot2` and `sum_pairs` take its place."""
+        return byte_product() == "avx2"
+
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
         """Each int32 lane plus the product of its four bytes, unsigned ones by signed ones."""
-        if has_vnni():
-            kind = ir.FunctionType(I32X16, [I32X16] * 3)
-            function = self.b.module.declare_intrinsic("llvm.x86.avx512.vpdpbusd.512", (), kind)
-            return self.b.call(function, [total, unsigned, signed])
+        if byte_product() == "avx512-vnni":
+            return self._call("llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
+        if byte_product() == "avx-vnni":
+            return self._in_halves("llvm.x86.avx512.vpdpbusd.256", I32X8, I32X8, total, unsigned, signed)
         for place in range(4):
             u = self.b.and_(self.b.lshr(unsigned, self.constant(8 * place, I32X16)), self.constant(0xFF, I32X16))
             s = self.b.ashr(self.b.shl(signed, self.constant(24 - 8 * place, I32X16)), self.constant(24, I32X16))
             total = self.b.add(total, self.b.mul(u, s))
         return total
+
+    def dot4_signed(self, total: Value, one: Value, other: Value) -> Value:
+        """Each int32 lane plus the product of its four bytes, all signed, those of `other` above -128 (AVX2)."""
+        size = self._call("llvm.abs.v64i8", I8X64, self.b.bitcast(one, I8X64), ir.IntType(1)(0))
+        turned = self._in_halves("llvm.x86.avx2.psign.b", I8X32, I8X32, other, one)
+        return self.b.add(total, self.sum_pairs(self._pairs(size, turned)))
+
+    def dot2(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Each int16 lane plus the products of its two bytes, unsigned ones by signed ones; sums must fit (AVX2)."""
+        return self.b.add(total, self._pairs(unsigned, signed))
+
+    def sum_pairs(self, totals: Value) -> Value:
+        """The sums of two neighbouring int16 lanes each, as int32 (AVX2)."""
+        return self._in_halves("llvm.x86.avx2.pmadd.wd", I16X16, I32X8, totals, self.constant(1, I16X32))
+
+    def _pairs(self, unsigned: Value, signed: Value) -> Value:
+        return self._in_halves("llvm.x86.avx2.pmadd.ub.sw", I8X32, I16X16, unsigned, signed)
+
+    def _in_halves(self, name: str, takes: Any, gives: Any, *values: Value) -> Value:
+        """An instruction for registers of 256 bits on both halves of vectors of 512."""
+        wide, halves = ir.VectorType(takes.element, 2 * takes.count), []
+        for first in (0, takes.count):
+            lanes = ir.Constant(ir.VectorType(I32, takes.count), list(range(first, first + takes.count)))
+            whole = [self.b.bitcast(value, wide) for value in values]
+            halves.append(self._call(name, gives, *[self.b.shuffle_vector(v, v, lanes) for v in whole]))
+        return self.b.shuffle_vector(
+            *halves, ir.Constant(ir.VectorType(I32, 2 * gives.count), list(range(2 * gives.count)))
+        )
 
     def exp(self, x: Value) -> Value:
         """e to the x for x ≤ 0, to 2 in the last place: 2^n times a polynomial of the rest.
@@ -289,9 +355,6 @@ class Tile(_Memory):
         wholes = [b.add(whole, self.constant(0x3F800000, I32X16)) for whole in wholes]
         return [b.fmul(p, b.bitcast(whole, F32X16)) for p, whole in zip(powers, wholes, strict=True)]
 
-    def _call(self, name: str, kind: Any, *values: Value) -> Value:
-        suffix = "v16f32" if kind == F32X16 else "f32"
-        function = self.b.module.declare_intrinsic(
-            f"{name}.{suffix}", (), ir.FunctionType(kind, [v.type for v in values])
-        )
-        return self.b.call(function, list(values))
+    def _call(self, name: str, result: Any, *values: Value) -> Value:
+        kind = ir.FunctionType(result, [value.type for value in values])
+        return self.b.call(self.b.module.declare_intrinsic(name, (), kind), list(values))

@@ -15,8 +15,8 @@ from typing import Any
 from numba import float32, int8, int32, int64, uint16
 
 from sihe.core.simd import float32_at, int8_at, int32_at, int64_at, uint16_at
+from sihe.serving.engine.compute.cpu.attention_tiles import mix_tile, scale_tile, score_tile, softmax_tile
 from sihe.serving.engine.compute.cpu.kernels import compiled, compiled_fast
-from sihe.serving.engine.compute.cpu.tiles import mix_tile, scale_tile, score_tile, softmax_tile
 
 TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES

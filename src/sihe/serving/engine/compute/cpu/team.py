@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit  # type: ignore[attr-defined]  # numba does not list its names
+from numba import carray, int64, njit  # type: ignore[attr-defined]  # numba does not list its names
 from numpy.typing import NDArray
 
 from sihe.core import simd
@@ -31,7 +31,7 @@ from sihe.core.simd import (
     wait_semaphore,
     yield_core,
 )
-from sihe.serving.engine.compute.cpu import attention, chunks, kernels, tiles
+from sihe.serving.engine.compute.cpu import attention, attention_tiles, chunks, kernels, tiles
 from sihe.serving.engine.compute.cpu.attention import attend, place
 from sihe.serving.engine.compute.cpu.chunks import chunks_of, panel_chunks, part_of_product, rows_of, rows_of_chunk
 from sihe.serving.engine.compute.cpu.kernels import (
@@ -131,7 +131,7 @@ def _run(ops: Any, step: Any, counters: int, threads: int, scratch: int) -> None
         _wait_until(done, chunks)
 
 
-SOURCES = (simd, tiles, kernels, attention, chunks, sys.modules[__name__])
+SOURCES = (simd, tiles, attention_tiles, kernels, attention, chunks, sys.modules[__name__])
 """The modules whose code is compiled into `_work`."""
 
 
@@ -175,6 +175,7 @@ class Team:
     """`threads` threads, the caller one of them. One program at a time; `close` ends the helpers."""
 
     def __init__(self, threads: int) -> None:
+        _work.compile((int64,) * 4)  # here, where a failure is somebody's error: a helper would only end
         self.threads = threads
         self._shared: Longs = np.zeros(_SHARED, np.int64)
         self._counters: Longs = np.zeros(0, np.int64)
