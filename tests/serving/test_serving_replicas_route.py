@@ -355,7 +355,8 @@ def test_a_close_with_no_time_left_does_not_wait_for_a_model_that_loads(
     route.close(timeout_s=0.0)
     assert house.engines[0].is_alive
     go.set()
-    house.engines[0]._thread.join(30)
+    for thread in house.engines[0]._life._threads:
+        thread.join(30)
     assert not house.engines[0].is_alive, "it is freed when it is there"
 
 

@@ -119,7 +119,7 @@ def test_a_replica_that_closes_under_a_request_is_replaced_by_the_next(
     closer = threading.Thread(target=old.close, kwargs={"drain": False})
     closer.start()
     with old._changed:
-        assert old._changed.wait_for(lambda: old._abandon, timeout=30)
+        assert old._changed.wait_for(lambda: old._life.is_abandoned, timeout=30)
     gate.open.set()
     closer.join()
     assert request.get_result().get_response()["model_version"] == "1"

@@ -9,7 +9,6 @@ that raise alone fail. What goes wrong outside of a request ends the engine, and
 
 from __future__ import annotations
 
-import atexit
 import secrets
 import threading
 from collections import deque
@@ -35,7 +34,8 @@ from sihe.serving.engine.stream import GenerationStream, Relay, Wake, wake_reade
 from sihe.serving.engine.tokenizer import ModelTokenizer
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.engine.work import Result, Work, compute, take
-from sihe.serving.errors import ContextTooLong, EngineClosed, EngineDead, GenerationFailed, QueueFull
+from sihe.serving.errors import ContextTooLong, EngineClosed, GenerationFailed, QueueFull
+from sihe.serving.lifetime import Lifetime
 
 _WARM_TOKENS = 4
 
@@ -77,16 +77,12 @@ class Engine:
         self._ids = count()
         self._mean_request_s = 1.0
         # Shared with callers, under the condition; everything else belongs to the engine's thread.
-        self._changed = threading.Condition()
+        self._life = Lifetime(f"engine {name}")
+        self._changed = self._life.changed
         self._between: deque[Callable[[], None]] = deque()  # to be done between two steps
         self._inbox: deque[tuple[int, Sequence | None]] = deque()  # None: abort
         self._sequences: dict[int, Sequence] = {}
-        self._closing = False
-        self._abandon = False
-        self._death: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
-        atexit.register(self.close, drain=False)  # a daemon thread inside torch must not outlive the interpreter
-        self._thread.start()
+        self._life.begin([threading.Thread(target=self._run, name=f"engine {name}", daemon=True)])
 
     @classmethod
     def load(
@@ -168,7 +164,7 @@ class Engine:
             index=PromptIndex(prompt) if self.config.speculation == "ngram" else None,
         )
         with self._changed:
-            self._check_open()
+            self._life.check_open()
             self._check_queue()
             self._sequences[id] = sequence
             self._inbox.append((id, sequence))
@@ -195,7 +191,7 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         """Whether the engine takes requests."""
-        return self._thread.is_alive() and not self._closing
+        return self._life.is_open
 
     @property
     def num_sequences(self) -> int:
@@ -208,16 +204,7 @@ class Engine:
         With `drain` what has begun is finished first, for at most `timeout_s`; what is left then, or at once without
         `drain`, ends with `EngineClosed`.
         """
-        with self._changed:
-            self._closing = True
-            self._abandon |= not drain
-            self._changed.notify()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            with self._changed:
-                self._abandon = True
-                self._changed.notify()
-            self._thread.join()
+        self._life.close(drain=drain, timeout_s=timeout_s)
 
     def __enter__(self) -> Engine:
         return self
@@ -245,12 +232,6 @@ class Engine:
         root = root_key(self._secret, *scope)
         return BlockTable(self._pool, root, chain(root, prompt))
 
-    def _check_open(self) -> None:
-        if self._death is not None:
-            raise EngineDead(f"engine {self.name} has stopped: {self._death}") from self._death
-        if self._closing:
-            raise EngineClosed(f"engine {self.name} is closing and takes no new requests")
-
     def _check_queue(self) -> None:
         waiting = len(self._inbox) + self._scheduler.num_waiting
         free = self._scheduler.max_running - self._scheduler.num_running
@@ -272,7 +253,7 @@ class Engine:
             done.set()
 
         with self._changed:
-            self._check_open()
+            self._life.check_open()
             self._between.append(run)
             self._changed.notify()
         done.wait()
@@ -288,21 +269,18 @@ class Engine:
     # ---- the engine's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException = EngineClosed(f"engine {self.name} was closed")
         try:
             while self._take_inbox():
                 self._step()
         except BaseException as death:  # noqa: BLE001 - a dead thread must say so, whatever killed it
             self._log.error("engine_died", error=repr(death), exc_info=death)
-            error = EngineDead(f"engine {self.name} has stopped: {death}")
-            error.__cause__ = death
-            self._death = death
+            self._life.died(death)
         finally:
             with self._changed:
-                self._closing = True
+                self._life.is_closing = True
                 left = list(self._sequences)
             for id in left:
-                self._fail(id, error)
+                self._fail(id, self._life.ending())
             if self._runner is not None:
                 self._runner.close()
             if self._speculation is not None:
@@ -311,15 +289,15 @@ class Engine:
             while self._between:
                 self._between.popleft()()
             self._observer.on_close()
-            atexit.unregister(self.close)
+            self._life.ended()
 
     def _take_inbox(self) -> bool:
         """Waits for work and takes in what has come; false when the engine is to end."""
         with self._changed:
-            while not (self._inbox or self._sequences or self._between or self._closing):
+            while not (self._inbox or self._sequences or self._between or self._life.is_closing):
                 self._changed.wait()
             tasks = [self._between.popleft() for _ in range(len(self._between))]
-            abandon = self._abandon
+            abandon = self._life.is_abandoned
             arrived = list(self._inbox)
             self._inbox.clear()
         for task in tasks:
@@ -339,7 +317,7 @@ class Engine:
                     tenant=request.tenant,
                     reuse=not request.needs_prompt_logits,
                 )
-        return bool(self._sequences) or not self._closing
+        return bool(self._sequences) or not self._life.is_closing
 
     def _step(self) -> None:
         plan = self._scheduler.plan(self._drafts())

@@ -8,7 +8,6 @@ which others have their turn.
 
 from __future__ import annotations
 
-import atexit
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 from sihe.core.clock import Clock, SystemClock
 from sihe.core.errors import InvalidInput, UserError
 from sihe.core.telemetry import logger
-from sihe.serving.errors import EngineClosed, EngineDead, Expired, InferenceFailed, QueueFull
+from sihe.serving.errors import Expired, InferenceFailed, QueueFull
+from sihe.serving.lifetime import Lifetime
 from sihe.serving.predictive.agreement import NEAR
 from sihe.serving.predictive.batching import Batch, BatchPolicy, BatchQueue, Item
 from sihe.serving.predictive.config import PredictiveConfig
@@ -71,17 +71,14 @@ class Predictor:
         )
         self._pending: dict[int, Pending] = {}
         self._compute_s = 0.0  # moving mean of a batch
-        self._closing = False
-        self._abandon = False
-        self._death: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=self._run, name=f"predictor {name} {index}", daemon=True)
-            for index in range(config.instances)
-        ]
-        self._running = len(self._threads)
-        atexit.register(self.close, drain=False)  # a daemon thread inside a library must not outlive the interpreter
-        for thread in self._threads:
-            thread.start()
+        self._life = Lifetime(f"model {name}", self._changed)
+        self._running = config.instances
+        self._life.begin(
+            [
+                threading.Thread(target=self._run, name=f"predictor {name} {index}", daemon=True)
+                for index in range(config.instances)
+            ]
+        )
 
     @classmethod
     def load(
@@ -117,7 +114,7 @@ class Predictor:
         rows = _rows(request) if self.description.batched else 1
         future: Future[InferenceResult] = Future()
         with self._changed:
-            self._check_open()
+            self._life.check_open()
             self._check_queue(request)
             now_s = self._clock.monotonic_s()  # in here, so that arrivals come in the order of their times
             item = Item(
@@ -170,7 +167,7 @@ class Predictor:
     @property
     def is_alive(self) -> bool:
         """Whether it takes requests."""
-        return not self._closing and self._death is None
+        return self._life.is_open
 
     @property
     def num_sequences(self) -> int:
@@ -183,21 +180,7 @@ class Predictor:
         With `drain` what waits is computed first, for at most `timeout_s`; what is left then, or at once without
         `drain`, ends with `EngineClosed`.
         """
-        with self._changed:
-            self._closing = True
-            self._abandon |= not drain
-            self._changed.notify_all()
-            self._deadlines.notify()
-        until_s = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
-        for thread in self._threads:
-            thread.join(None if until_s is None else max(0.0, until_s - self._clock.monotonic_s()))
-        with self._changed:
-            self._abandon = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        if self._alarm is not None:
-            self._alarm.join()
+        self._life.close(drain=drain, timeout_s=timeout_s)
 
     def __enter__(self) -> Predictor:
         return self
@@ -209,12 +192,6 @@ class Predictor:
         if not self.description.batched:
             return id
         return tuple((name, array.shape[1:]) for name, array in sorted(request.inputs.items()))
-
-    def _check_open(self) -> None:
-        if self._death is not None:
-            raise EngineDead(f"model {self.name} has stopped: {self._death}") from self._death
-        if self._closing:
-            raise EngineClosed(f"model {self.name} is closing and takes no new requests")
 
     def _check_queue(self, request: InferenceRequest) -> None:
         """Under the condition. Raises `QueueFull` where too many wait, or large ones would fill the memory."""
@@ -245,7 +222,7 @@ class Predictor:
         self._alarm_s = deadline_s
         if self._alarm is None:
             self._alarm = threading.Thread(target=self._keep_deadlines, name=f"deadlines {self.name}", daemon=True)
-            self._alarm.start()
+            self._life.add(self._alarm)
         self._deadlines.notify()
 
     def _keep_deadlines(self) -> None:
@@ -257,7 +234,7 @@ class Predictor:
                 earliest_s = self._queue.deadline_s()
                 self._alarm_s = float("inf") if earliest_s is None else earliest_s
                 if not late:
-                    if self._closing and earliest_s is None:
+                    if self._life.is_closing and earliest_s is None:
                         return
                     self._deadlines.wait(_pause_s(earliest_s, now_s))
             for pending in late:
@@ -275,9 +252,7 @@ class Predictor:
                 freed_s = self._clock.monotonic_s()
         except BaseException as death:  # noqa: BLE001 - a dead thread must say so, whatever killed it
             self._log.error("predictor_died", error=repr(death), exc_info=death)
-            with self._changed:
-                self._death, self._closing, self._abandon = death, True, True
-                self._changed.notify_all()
+            self._life.died(death)
         with self._changed:
             self._running -= 1
             last = self._running == 0
@@ -299,13 +274,13 @@ class Predictor:
 
     def _next(self, freed_s: float) -> tuple[Batch | None, list[Pending]]:
         """Under the condition: blocks until a batch is due or deadlines have passed; nothing at all means the end."""
-        while not self._abandon:
+        while not self._life.is_abandoned:
             now_s = self._clock.monotonic_s()
             late = self._take_late(now_s)
             # Nobody joins any more once it drains: what waits is due.
-            until_s = math.inf if self._closing else now_s
+            until_s = math.inf if self._life.is_closing else now_s
             batch = self._queue.take(until_s, compute_s=self._compute_s, freed_s=freed_s)
-            if batch or late or self._closing:
+            if batch or late or self._life.is_closing:
                 return batch, late
             self._changed.wait(_pause_s(self._queue.wake_s(compute_s=self._compute_s, freed_s=freed_s), now_s))
         return None, []
@@ -396,7 +371,7 @@ class Predictor:
     def _end(self) -> None:
         """The last thread's: tells who is left, and frees the model."""
         with self._changed:
-            self._closing = True
+            self._life.is_closing = True
             left, self._pending = list(self._pending.values()), {}
             for pending in left:
                 self._queue.remove(pending.item.id)
@@ -406,19 +381,12 @@ class Predictor:
                 pending.future.running() or pending.future.set_running_or_notify_cancel()
             ):
                 self._observer.on_request("aborted", None)
-                pending.future.set_exception(self._ending())
+                pending.future.set_exception(self._life.ending())
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
         self._observer.on_close()
-        atexit.unregister(self.close)
-
-    def _ending(self) -> Exception:
-        if self._death is None:
-            return EngineClosed(f"model {self.name} was closed")
-        error = EngineDead(f"model {self.name} has stopped: {self._death}")
-        error.__cause__ = self._death
-        return error
+        self._life.ended()
 
 
 def _size_bytes(request: InferenceRequest) -> int:

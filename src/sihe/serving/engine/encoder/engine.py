@@ -10,11 +10,10 @@ another order for another number of rows. In int8 it is the same bit for bit.
 
 from __future__ import annotations
 
-import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -37,7 +36,8 @@ from sihe.serving.engine.encoder.types import (
     invalid,
 )
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, RequestStats, StepStats
-from sihe.serving.errors import EncodingFailed, EngineClosed, EngineDead, InputTooLong, QueueFull, WrongCapability
+from sihe.serving.errors import EncodingFailed, InputTooLong, QueueFull, WrongCapability
+from sihe.serving.lifetime import Lifetime
 
 EncodeRequest = EmbeddingRequest | RerankRequest
 _CHARACTERS = 100  # of one token at most, as far as a text is looked at: real ones have 1 to 20
@@ -62,18 +62,6 @@ class _Request:
     @property
     def num_tokens(self) -> int:
         return sum(len(document.tokens) for document in self.documents)
-
-
-@dataclass(slots=True)
-class _Shared:
-    """What callers and the thread both touch, under the condition."""
-
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    inbox: deque[tuple[int, _Request | None]] = field(default_factory=deque)  # None: abort
-    requests: dict[int, _Request] = field(default_factory=dict)
-    closing: bool = False
-    abandon: bool = False
-    death: BaseException | None = None
 
 
 class EncoderEngine:
@@ -104,10 +92,12 @@ class EncoderEngine:
         self._queue = FairQueue()
         self._ids = count()
         self._mean_request_s = 1.0
-        self._shared = _Shared()
-        self._thread = threading.Thread(target=self._run, name=f"encoder {name}", daemon=True)
-        atexit.register(self.close, drain=False)  # a daemon thread inside torch must not outlive the interpreter
-        self._thread.start()
+        # Shared with callers, under the condition; everything else belongs to the encoder's thread.
+        self._life = Lifetime(f"encoder {name}")
+        self._changed = self._life.changed
+        self._inbox: deque[tuple[int, _Request | None]] = deque()  # None: abort
+        self._requests: dict[int, _Request] = {}
+        self._life.begin([threading.Thread(target=self._run, name=f"encoder {name}", daemon=True)])
 
     @classmethod
     def load(
@@ -134,16 +124,15 @@ class EncoderEngine:
 
         Raises `WrongCapability`, `InvalidRequest`, `InputTooLong`, `QueueFull`, `EngineClosed`, `EngineDead`.
         """
-        shared = self._shared
-        with shared.changed:
+        with self._changed:
             self._check_room()  # before the work of tokenising, which a full engine would do in vain
         id = next(self._ids)
         found = self._read(request, EncodeJob(id, self._abort), on_done)
-        with shared.changed:
+        with self._changed:
             self._check_room()
-            shared.requests[id] = found
-            shared.inbox.append((id, found))
-            shared.changed.notify()
+            self._requests[id] = found
+            self._inbox.append((id, found))
+            self._changed.notify()
         return found.job
 
     def warm(self) -> None:
@@ -156,12 +145,12 @@ class EncoderEngine:
     @property
     def is_alive(self) -> bool:
         """Whether the encoder takes requests."""
-        return self._thread.is_alive() and not self._shared.closing
+        return self._life.is_open
 
     @property
     def num_sequences(self) -> int:
         """Requests that wait or run."""
-        return len(self._shared.requests)
+        return len(self._requests)
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Takes no more requests, ends the thread and frees the model. Safe to call again.
@@ -169,17 +158,7 @@ class EncoderEngine:
         With `drain` what has begun is finished first, for at most `timeout_s`; what is left then, or at once without
         `drain`, ends with `EngineClosed`.
         """
-        shared = self._shared
-        with shared.changed:
-            shared.closing = True
-            shared.abandon |= not drain
-            shared.changed.notify()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            with shared.changed:
-                shared.abandon = True
-                shared.changed.notify()
-            self._thread.join()
+        self._life.close(drain=drain, timeout_s=timeout_s)
 
     def __enter__(self) -> EncoderEngine:
         return self
@@ -278,62 +257,51 @@ class EncoderEngine:
 
     def _check_room(self) -> None:
         """Under the condition. Raises unless the encoder takes one more request."""
-        self._check_open()
-        waiting = len(self._shared.requests)
+        self._life.check_open()
+        waiting = len(self._requests)
         if waiting >= self.config.max_waiting:
             raise QueueFull(waiting, retry_after_s=min(60.0, max(1.0, self._mean_request_s)))
 
-    def _check_open(self) -> None:
-        if self._shared.death is not None:
-            raise EngineDead(f"encoder {self.name} has stopped: {self._shared.death}") from self._shared.death
-        if self._shared.closing:
-            raise EngineClosed(f"encoder {self.name} is closing and takes no new requests")
-
     def _abort(self, id: int) -> None:
-        with self._shared.changed:
-            if id in self._shared.requests:
-                self._shared.inbox.append((id, None))
-                self._shared.changed.notify()
+        with self._changed:
+            if id in self._requests:
+                self._inbox.append((id, None))
+                self._changed.notify()
 
     # ---- the encoder's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException = EngineClosed(f"encoder {self.name} was closed")
-        shared = self._shared
         try:
             while self._take_inbox():
                 self._step()
         except BaseException as death:  # noqa: BLE001 - a dead thread must say so, whatever killed it
             self._log.error("encoder_died", error=repr(death), exc_info=death)
-            error = EngineDead(f"encoder {self.name} has stopped: {death}")
-            error.__cause__ = death
-            shared.death = death
+            self._life.died(death)
         finally:
-            with shared.changed:
-                shared.closing = True
-                left = list(shared.requests)
+            with self._changed:
+                self._life.is_closing = True
+                left = list(self._requests)
             for id in left:
-                self._fail(id, error)
+                self._fail(id, self._life.ending())
             self._runner = None
             self._observer.on_close()
-            atexit.unregister(self.close)
+            self._life.ended()
 
     def _take_inbox(self) -> bool:
         """Waits for work and takes in what has come; false when the encoder is to end."""
-        shared = self._shared
-        with shared.changed:
-            while not (shared.inbox or shared.requests or shared.closing):
-                shared.changed.wait()
-            if shared.abandon:
+        with self._changed:
+            while not (self._inbox or self._requests or self._life.is_closing):
+                self._changed.wait()
+            if self._life.is_abandoned:
                 return False
-            arrived = list(shared.inbox)
-            shared.inbox.clear()
+            arrived = list(self._inbox)
+            self._inbox.clear()
         for id, request in arrived:
             if request is None:
                 self._leave(id, "aborted")
-            elif id in shared.requests:
+            elif id in self._requests:
                 self._queue.add(id, [len(document.tokens) for document in request.documents], request.tenant)
-        return bool(shared.requests) or not shared.closing
+        return bool(self._requests) or not self._life.is_closing
 
     def _step(self) -> None:
         places = self._queue.take(self.config.token_budget)
@@ -341,7 +309,7 @@ class EncoderEngine:
             return
         started_s = self._clock.monotonic_s()
         for place in places:
-            request = self._shared.requests[place.request]
+            request = self._requests[place.request]
             if request.begun_s is None:
                 request.begun_s = started_s
         tokens = sum(len(self._document(place).tokens) for place in places)
@@ -359,12 +327,12 @@ class EncoderEngine:
         )
 
     def _document(self, place: Place) -> Document:
-        return self._shared.requests[place.request].documents[place.index]
+        return self._requests[place.request].documents[place.index]
 
     def _compute(self, places: Sequence[Place]) -> None:
         """Computes a batch; where it raises, again each text alone, so that only the culprits' requests fail."""
         assert self._runner is not None
-        requests = [self._shared.requests[place.request] for place in places]
+        requests = [self._requests[place.request] for place in places]
         try:
             rows = self._runner.encode(
                 [self._document(place) for place in places],
@@ -373,7 +341,7 @@ class EncoderEngine:
         except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to the texts in it
             if len(places) > 1:
                 for place in places:
-                    if place.request in self._shared.requests:
+                    if place.request in self._requests:
                         self._compute([place])
                 return
             self._log.error("encoding_failed", error=repr(error), exc_info=error)
@@ -401,8 +369,8 @@ class EncoderEngine:
 
     def _leave(self, id: int, outcome: Outcome) -> _Request | None:
         """Frees everything that a request holds."""
-        with self._shared.changed:
-            request = self._shared.requests.pop(id, None)
+        with self._changed:
+            request = self._requests.pop(id, None)
         if request is None:
             return None
         self._queue.remove(id)
