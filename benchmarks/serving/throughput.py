@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.harness import Claim, at_least, report
+from benchmarks.serving.contenders.instructions import INSTRUCTIONS, environment_of, peer_for
 from benchmarks.serving.contenders.limits import Limits, measure_limits
 from benchmarks.serving.contenders.model import SHAPE, model_folder
 from benchmarks.serving.contenders.page import Row, kept_with, write_page
@@ -99,6 +100,12 @@ def start(precision: str, folder: Path, chosen: argparse.Namespace) -> list[Cont
     for entry in CLASSES[precision]:
         if chosen.only and entry.module not in chosen.only:
             continue
+        if chosen.instructions:
+            peer = peer_for(entry, chosen.instructions)
+            if peer is None:
+                print(f"  left out: {entry.name} cannot be kept to {chosen.instructions}", flush=True)
+                continue
+            entry = peer
         contender = None
         try:
             log = folder.parent / f"{entry.name}.log"
@@ -211,6 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=65, help="tokens of each answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tries", type=int, default=3, help="of one timing, until the machine is calm")
+    parser.add_argument("--instructions", choices=INSTRUCTIONS, help="keep all to a lesser processor's instructions")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="contenders, such as sihe llama")
     parser.add_argument("--quick", action="store_true", help="one repeat of prompts of 128 tokens")
     parser.add_argument("--lock", type=Path, help="a file to hold while timing, shared with what else computes here")
@@ -229,9 +237,12 @@ def main() -> int:
     """One precision after the other, so that not all models are in memory at once; 1 when ours was not measured."""
     chosen = parse()
     end_on_signal()
+    if chosen.instructions:
+        os.environ.update(environment_of(chosen.instructions))  # for the limits, and for every contender
     folder = model_folder(chosen.home.resolve())
     rows: list[Row] = []
-    kept = chosen.home / "throughput.json"
+    kept = chosen.home / "-".join(filter(None, ("throughput", chosen.instructions)))
+    kept = kept.with_suffix(".json")
     measured = True
     for precision in chosen.precisions:
         with quiet(chosen.lock), first(os.getpid(), really=chosen.urgent):
@@ -256,7 +267,7 @@ def main() -> int:
                 contender.close()
     if chosen.page:
         rows = kept_with(kept, rows)
-        write_page(chosen.page, rows, threads=THREADS, steps=chosen.tokens - 1)
+        write_page(chosen.page, rows, threads=THREADS, steps=chosen.tokens - 1, instructions=chosen.instructions)
     report(__file__, claims_of(rows))
     return 0 if measured or (chosen.only and OURS not in chosen.only) else 1
 

@@ -43,9 +43,13 @@ def kept_with(path: Path, rows: Sequence[Row]) -> list[Row]:
     return sorted(kept, key=lambda row: (row.precision, row.prompt, row.batch))
 
 
-def write_page(path: Path, rows: Sequence[Row], *, threads: int, steps: int) -> None:
-    """A table for each precision and length of prompt."""
+def write_page(path: Path, rows: Sequence[Row], *, threads: int, steps: int, instructions: str | None) -> None:
+    """A table for each precision and length of prompt; `instructions` as in `contenders.instructions`."""
     parts = [_HEAD.format(threads=threads, steps=steps)]
+    if instructions:
+        parts.append(
+            f"All were kept to {instructions} (`--instructions {instructions}`) on a processor that has more.\n"
+        )
     for precision, prompt in dict.fromkeys((row.precision, row.prompt) for row in rows):
         of = [row for row in rows if (row.precision, row.prompt) == (precision, prompt)]
         batches = list(dict.fromkeys(row.batch for row in of))

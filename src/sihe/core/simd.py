@@ -8,8 +8,10 @@ has instructions of its own, by processor. Addresses are plain numbers: whoever 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
@@ -26,6 +28,7 @@ from numba.extending import intrinsic
 LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 F32X16, I32X16, I16X16, I8X16 = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16, I8))
+I32X4 = ir.VectorType(I32, 4)
 I32X8, I16X32, I8X32, I8X64 = (ir.VectorType(kind, n) for kind, n in ((I32, 8), (I16, 32), (I8, 32), (I8, 64)))
 
 Value = Any  # an llvmlite value: the library has no types of its own
@@ -36,7 +39,27 @@ Emit = Callable[["Tile", list[Value]], None]
 def features() -> frozenset[str]:
     """What the processor that Numba compiles for can do, by LLVM's names; `NUMBA_CPU_FEATURES` can make it less."""
     _, _, names = cpu_target.target_context.codegen().magic_tuple()
-    return frozenset(name[1:] for name in names.split(",") if name.startswith("+"))
+    found = {name[1:] for name in names.split(",") if name.startswith("+")}
+    return frozenset(found | {"dotprod"} if _has_dotprod() else found)
+
+
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # Linux: include/uapi/linux/auxvec.h, arch/arm64/include/uapi/asm/hwcap.h
+
+
+def _has_dotprod() -> bool:
+    """Whether an ARM processor multiplies signed bytes four at a time (from ARMv8.2 on).
+
+    Linux is asked, for LLVM does not report it: it knows it by the names of cores, which some virtual machines hide.
+    """
+    if not (_is_arm() and sys.platform.startswith("linux")):
+        return False
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return bool(getauxval(_AT_HWCAP) & _HWCAP_ASIMDDP)
+
+
+def _is_arm() -> bool:
+    return platform.machine() in ("aarch64", "arm64")
 
 
 @cache
@@ -44,18 +67,20 @@ def vectors_in_registers() -> int:
     """How many vectors of 16 float32 the processor's registers hold."""
     if "avx512f" in features():
         return 32
-    return 8 if "avx" in features() or platform.machine() in ("aarch64", "arm64") else 4
+    return 8 if "avx" in features() or _is_arm() else 4
 
 
-ByteProduct = Literal["avx512-vnni", "avx-vnni", "avx2", "plain"]
+ByteProduct = Literal["avx512-vnni", "avx-vnni", "avx2", "sdot", "plain"]
 BYTE_PRODUCTS: dict[ByteProduct, frozenset[str]] = {
     "avx512-vnni": frozenset({"avx512f", "avx512vnni"}),
     "avx-vnni": frozenset({"avxvnni"}),
     "avx2": frozenset({"avx2"}),
+    "sdot": frozenset({"dotprod"}),
     "plain": frozenset(),
 }
 """The ways to multiply bytes, the fastest first, and what each needs: four products at a time are added in 32 bits
-(VNNI), two in 16, or each is computed by itself."""
+(VNNI, and ARM's SDOT), two in 16, or each is computed by itself."""
+_SDOT = ".arch_extension dotprod\nsdot $0.4s, $1.16b, $2.16b"
 
 
 @cache
@@ -68,9 +93,10 @@ def digest_of(*modules: ModuleType) -> str:
     """A digest of their sources, for functions that are compiled from several files and kept on disk.
 
     Numba keeps a compiled function by the file that it stands in and by the variables of its closure, and would take an
-    old kernel for the present one where another file has changed: a digest in the closure tells them apart.
+    old kernel for the present one where another file has changed: a digest in the closure tells them apart. So it does
+    the kernels of processors that have one name for LLVM and multiply bytes differently; they may share the folder.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(byte_product().encode())
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
@@ -219,8 +245,88 @@ class _Memory:
         """A number in all lanes."""
         return ir.Constant(kind, [number] * kind.count)
 
+    def _call(self, name: str, result: Any, *values: Value) -> Value:
+        kind = ir.FunctionType(result, [value.type for value in values])
+        return self.b.call(self.b.module.declare_intrinsic(name, (), kind), list(values))
 
-class Tile(_Memory):
+
+class _Products(_Memory):
+    """What a tile writes to multiply bytes.
+
+    AVX2 adds two products in 16 bits, where 255 * 127 twice would not fit. A tile takes signed bytes there, or small
+    ones whose sums fit for several steps. ARM's product takes signed bytes only, and small ones are that too.
+    """
+
+    @property
+    def takes_signed(self) -> bool:
+        """Whether bytes above 127 are slow for `dot4`, or too large, and `dot4_signed` takes its place."""
+        return byte_product() in ("avx2", "sdot")
+
+    @property
+    def adds_in_16_bits(self) -> bool:
+        """Whether `dot4` is slow for small bytes as well, and `dot2` and `sum_pairs` take its place."""
+        return byte_product() == "avx2"
+
+    def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Each int32 lane plus the product of its four bytes, unsigned ones (on ARM up to 127) by signed ones."""
+        if byte_product() == "avx512-vnni":
+            return self._call("llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
+        if byte_product() == "avx-vnni":
+            return self._in_halves("llvm.x86.avx512.vpdpbusd.256", I32X8, I32X8, total, unsigned, signed)
+        if byte_product() == "sdot":
+            return self._sdot(total, unsigned, signed)
+        for place in range(4):
+            u = self.b.and_(self.b.lshr(unsigned, self.constant(8 * place, I32X16)), self.constant(0xFF, I32X16))
+            s = self.b.ashr(self.b.shl(signed, self.constant(24 - 8 * place, I32X16)), self.constant(24, I32X16))
+            total = self.b.add(total, self.b.mul(u, s))
+        return total
+
+    def dot4_signed(self, total: Value, one: Value, other: Value) -> Value:
+        """Each int32 lane plus the product of its four bytes, all signed, those of `other` above -128 (AVX2, ARM)."""
+        if byte_product() == "sdot":
+            return self._sdot(total, one, other)
+        size = self._call("llvm.abs.v64i8", I8X64, self.b.bitcast(one, I8X64), ir.IntType(1)(0))
+        turned = self._in_halves("llvm.x86.avx2.psign.b", I8X32, I8X32, other, one)
+        return self.b.add(total, self.sum_pairs(self._pairs(size, turned)))
+
+    def dot2(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Each int16 lane plus the products of its two bytes, unsigned ones by signed ones; sums must fit (AVX2)."""
+        return self.b.add(total, self._pairs(unsigned, signed))
+
+    def sum_pairs(self, totals: Value) -> Value:
+        """The sums of two neighbouring int16 lanes each, as int32 (AVX2)."""
+        return self._in_halves("llvm.x86.avx2.pmadd.wd", I16X16, I32X8, totals, self.constant(1, I16X32))
+
+    def _sdot(self, total: Value, one: Value, other: Value) -> Value:
+        """An instruction for registers of 128 bits on all four quarters of vectors of 512.
+
+        It is written as assembly: where LLVM does not know the core by its name it would end the process over the
+        intrinsic (llvm.aarch64.neon.sdot.v4i32.v16i8).
+        """
+        binding.initialize_native_asmparser()
+        code, quarters = ir.InlineAsm(ir.FunctionType(I32X4, [I32X4] * 3), _SDOT, "=w,w,w,0"), []
+        for first in range(0, LANES, 4):
+            lanes = ir.Constant(I32X4, list(range(first, first + 4)))
+            quarters.append(self.b.call(code, [self.b.shuffle_vector(v, v, lanes) for v in (one, other, total)]))
+        halves = [self.b.shuffle_vector(*quarters[at : at + 2], ir.Constant(I32X8, list(range(8)))) for at in (0, 2)]
+        return self.b.shuffle_vector(*halves, ir.Constant(I32X16, list(range(LANES))))
+
+    def _pairs(self, unsigned: Value, signed: Value) -> Value:
+        return self._in_halves("llvm.x86.avx2.pmadd.ub.sw", I8X32, I16X16, unsigned, signed)
+
+    def _in_halves(self, name: str, takes: Any, gives: Any, *values: Value) -> Value:
+        """An instruction for registers of 256 bits on both halves of vectors of 512."""
+        wide, halves = ir.VectorType(takes.element, 2 * takes.count), []
+        for first in (0, takes.count):
+            lanes = ir.Constant(ir.VectorType(I32, takes.count), list(range(first, first + takes.count)))
+            whole = [self.b.bitcast(value, wide) for value in values]
+            halves.append(self._call(name, gives, *[self.b.shuffle_vector(v, v, lanes) for v in whole]))
+        return self.b.shuffle_vector(
+            *halves, ir.Constant(ir.VectorType(I32, 2 * gives.count), list(range(2 * gives.count)))
+        )
+
+
+class Tile(_Products):
     """Writes the instructions of one tile."""
 
     # ---- control ---------------------------------------------------------------------------------------------------
@@ -269,56 +375,6 @@ class Tile(_Memory):
         """The number in the first lane."""
         return self.b.extract_element(value, I32(0))
 
-    # ---- products of bytes -----------------------------------------------------------------------------------------
-    #
-    # AVX2 adds two products in 16 bits, where 255 * 127 twice would not fit. A tile takes signed bytes there, or small
-    # ones whose sums fit for several steps.
-
-    @property
-    def adds_in_16_bits(self) -> bool:
-        """Whether `dot4` is slow, and `dot4_signed`, `dot2` and `sum_pairs` take its place."""
-        return byte_product() == "avx2"
-
-    def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Each int32 lane plus the product of its four bytes, unsigned ones by signed ones."""
-        if byte_product() == "avx512-vnni":
-            return self._call("llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
-        if byte_product() == "avx-vnni":
-            return self._in_halves("llvm.x86.avx512.vpdpbusd.256", I32X8, I32X8, total, unsigned, signed)
-        for place in range(4):
-            u = self.b.and_(self.b.lshr(unsigned, self.constant(8 * place, I32X16)), self.constant(0xFF, I32X16))
-            s = self.b.ashr(self.b.shl(signed, self.constant(24 - 8 * place, I32X16)), self.constant(24, I32X16))
-            total = self.b.add(total, self.b.mul(u, s))
-        return total
-
-    def dot4_signed(self, total: Value, one: Value, other: Value) -> Value:
-        """Each int32 lane plus the product of its four bytes, all signed, those of `other` above -128 (AVX2)."""
-        size = self._call("llvm.abs.v64i8", I8X64, self.b.bitcast(one, I8X64), ir.IntType(1)(0))
-        turned = self._in_halves("llvm.x86.avx2.psign.b", I8X32, I8X32, other, one)
-        return self.b.add(total, self.sum_pairs(self._pairs(size, turned)))
-
-    def dot2(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Each int16 lane plus the products of its two bytes, unsigned ones by signed ones; sums must fit (AVX2)."""
-        return self.b.add(total, self._pairs(unsigned, signed))
-
-    def sum_pairs(self, totals: Value) -> Value:
-        """The sums of two neighbouring int16 lanes each, as int32 (AVX2)."""
-        return self._in_halves("llvm.x86.avx2.pmadd.wd", I16X16, I32X8, totals, self.constant(1, I16X32))
-
-    def _pairs(self, unsigned: Value, signed: Value) -> Value:
-        return self._in_halves("llvm.x86.avx2.pmadd.ub.sw", I8X32, I16X16, unsigned, signed)
-
-    def _in_halves(self, name: str, takes: Any, gives: Any, *values: Value) -> Value:
-        """An instruction for registers of 256 bits on both halves of vectors of 512."""
-        wide, halves = ir.VectorType(takes.element, 2 * takes.count), []
-        for first in (0, takes.count):
-            lanes = ir.Constant(ir.VectorType(I32, takes.count), list(range(first, first + takes.count)))
-            whole = [self.b.bitcast(value, wide) for value in values]
-            halves.append(self._call(name, gives, *[self.b.shuffle_vector(v, v, lanes) for v in whole]))
-        return self.b.shuffle_vector(
-            *halves, ir.Constant(ir.VectorType(I32, 2 * gives.count), list(range(2 * gives.count)))
-        )
-
     def exp(self, x: Value) -> Value:
         """e to the x for x ≤ 0, to 2 in the last place: 2^n times a polynomial of the rest.
 
@@ -354,7 +410,3 @@ class Tile(_Memory):
         wholes = [b.shl(b.bitcast(s, I32X16), self.constant(23, I32X16)) for s in shifted]
         wholes = [b.add(whole, self.constant(0x3F800000, I32X16)) for whole in wholes]
         return [b.fmul(p, b.bitcast(whole, F32X16)) for p, whole in zip(powers, wholes, strict=True)]
-
-    def _call(self, name: str, result: Any, *values: Value) -> Value:
-        kind = ir.FunctionType(result, [value.type for value in values])
-        return self.b.call(self.b.module.declare_intrinsic(name, (), kind), list(values))

@@ -54,8 +54,9 @@ _SEMAPHORE_BYTES = 64  # glibc's sem_t has 32, musl's 32
 _SCRATCH = 1 << 16  # float32 of one thread
 
 # Places in the team's shared numbers, each on a line of its own: what a run is given, and who has left it.
-_OPS, _COUNT, _STEP, _LEFT, _STOP, _COUNTERS, _THREADS, _RUN = (index * _LINE for index in range(8))
-_SHARED = 8 * _LINE
+_OPS, _COUNT, _STEP, _LEFT, _COUNTERS, _THREADS, _RUN = (index * _LINE for index in range(7))
+_SHARED = 7 * _LINE
+_STOP = -1  # in the place of the number of runs
 
 
 def _waiting(sources: str) -> Any:
@@ -156,7 +157,7 @@ def _compiled(sources: str) -> Any:
                 while load_atomic(shared + 8 * _RUN) == seen:  # a signal can end the wait as well
                     wait_semaphore(semaphores)
                 seen += 1
-                if given[_STOP] != 0:
+                if load_atomic(shared + 8 * _RUN) == _STOP:
                     return
             ops = carray(int64_at(given[_OPS]), (given[_COUNT], WIDTH))
             step = carray(int64_at(given[_STEP]), (STEP_WIDTH,))
@@ -213,9 +214,8 @@ class Team:
         if not self._helpers:
             return
         self._wait_for_helpers()
-        self._shared[_STOP] = 1
         libc = ctypes.CDLL(None)
-        self._shared[_RUN] += 1
+        self._shared[_RUN] = _STOP  # one number: on ARM two could be seen in the other order
         for helper, thread in enumerate(self._helpers):
             libc.sem_post(ctypes.c_void_p(self._semaphore(helper)))
             thread.join()
@@ -237,7 +237,8 @@ def keep_torch_to_one_thread() -> None:
 
     What torch does in other threads is left alone, as `torch.set_num_threads` would not.
     """
-    for path in Path(torch.__file__).parent.glob("lib/libgomp*"):
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")):  # on ARM up to torch 2.9
         ctypes.CDLL(str(path)).omp_set_num_threads(1)
 
 

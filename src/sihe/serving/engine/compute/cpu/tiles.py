@@ -32,6 +32,7 @@ from sihe.core.simd import (
     LANES,
     Tile,
     Value,
+    byte_product,
     tile,
     vectors_in_registers,
 )
@@ -46,6 +47,10 @@ ROWS_INT4 = (6, 4, 2, 1)
 """The same for int4, which sums a group in integers and then all groups in float32: four registers a row."""
 _SUMS = vectors_in_registers() * 3 // 4
 """Sums that stay in registers beside their factors. Where a tile has more, it goes over its inputs several times."""
+_SUMS_BFLOAT16 = _SUMS if vectors_in_registers() > 8 else _SUMS - 2
+"""The same for bfloat16, of which two inputs are there at a time."""
+_SUMS_INT8 = 2 * _SUMS if byte_product() == "avx2" else _SUMS
+"""The same for int8: where a product takes four instructions, preparing its factors anew costs more than it saves."""
 _MANY = 4
 """Rows from which on weights are fetched into the second cache only: the first one is for the rows."""
 TURNS = 4
@@ -68,7 +73,7 @@ def float_tile(rows: int, kind: str) -> Any:
         x, x_stride, weights, steps, bias, y, y_stride, add, ahead, ahead_stride = given
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
         _fetch_results(t, rows, y, y_stride)
-        for some, halves in passes(rows, 2):
+        for some, halves in passes(rows, 2, _SUMS if kind == "float32" else _SUMS_BFLOAT16):
             sums = {(row, h): t.variable(t.load(t.at(bias, 64 * h), F32X16)) for row in some for h in halves}
             with t.loop(t.b.udiv(steps, I64(turns))) as several:
                 first_step = t.b.mul(several, I64(turns))
@@ -104,7 +109,7 @@ def int8_tile(rows: int) -> Any:
         x, x_stride, weights, steps, bias, y, y_stride, add, ahead, ahead_stride, scales, x_scales, x_sums = given
         x_at = [t.at(x, t.b.mul(x_stride, I64(row))) for row in range(rows)]
         _fetch_results(t, rows, y, y_stride)
-        for some, halves in passes(rows, 2):
+        for some, halves in passes(rows, 2, _SUMS_INT8):
             sums = {(row, half): t.variable(t.constant(0, I32X16)) for row in some for half in halves}
             with t.loop(steps) as step:
                 panel = t.at(weights, t.b.mul(step, I64(128)))
@@ -112,17 +117,17 @@ def int8_tile(rows: int) -> Any:
                     for half in halves:
                         t.prefetch(t.at(ahead, t.b.mul(step, ahead_stride), 64 * half), near=rows < _MANY)
                 columns = {half: t.load(t.at(panel, 64 * half), I32X16) for half in halves}
-                if t.adds_in_16_bits:
+                if t.takes_signed:
                     columns = {h: t.b.xor(column, t.constant(_SIGNS, I32X16)) for h, column in columns.items()}
                 offset = t.b.mul(step, I64(4))
                 for row in some:
                     factor = t.broadcast(t.at(x_at[row], offset), I32)
                     for half, column in columns.items():
-                        dot, place = t.dot4_signed if t.adds_in_16_bits else t.dot4, sums[row, half]
+                        dot, place = t.dot4_signed if t.takes_signed else t.dot4, sums[row, half]
                         t.put(dot(t.get(place), column, factor), place)
             for (row, half), place in sums.items():
                 total = t.get(place)
-                if not t.adds_in_16_bits:
+                if not t.takes_signed:
                     excess = t.b.shl(t.broadcast(t.at(x_sums, 4 * row), I32), t.constant(7, I32X16))
                     total = t.b.sub(total, excess)
                 scale = t.b.fmul(t.broadcast(t.at(x_scales, 4 * row), F32), t.load(t.at(scales, 64 * half), F32X16))
@@ -146,7 +151,7 @@ def int4_tile(rows: int) -> Any:
         nibbles, is_short = t.constant(0x0F0F0F0F, I32X16), t.adds_in_16_bits
         zeros = t.constant(0, I16X32 if is_short else I32X16)  # of a group all products fit: 8 times 2 * 15 * 127
         _fetch_results(t, rows, y, y_stride)
-        for some, halves in passes(rows, 2, 2):
+        for some, halves in passes(rows, 2, _SUMS // 2):
             totals = {(row, half): t.variable(t.constant(0.0)) for row in some for half in halves}
             with t.loop(groups) as group:
                 panel = t.at(weights, t.b.mul(group, I64(PANEL * GROUP // 2)))
@@ -190,10 +195,10 @@ def _columns(t: Tile, place: Value, kind: str) -> list[Value]:
     return [t.b.bitcast(half, F32X16) for half in (first, t.b.and_(pair, t.constant(-65536, I32X16)))]
 
 
-def passes(rows: int, columns: int, vectors: int = 1) -> Iterator[tuple[range, range]]:
-    """Which rows and columns are summed up together, so that their sums, of `vectors` each, stay in registers."""
-    height = _evenly(rows, max(1, _SUMS // vectors))
-    width = _evenly(columns, max(1, _SUMS // vectors // height))
+def passes(rows: int, columns: int, most: int = _SUMS) -> Iterator[tuple[range, range]]:
+    """Which rows and columns are summed up together, `most` sums at a time."""
+    height = _evenly(rows, most)
+    width = _evenly(columns, max(1, most // height))
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             yield range(row, min(rows, row + height)), range(column, min(columns, column + width))
