@@ -20,8 +20,10 @@ PAGE_CHUNK = 16
 """Rows whose keys one thread puts in their places: those of neighbouring tokens share the lines of the caches."""
 _PANEL_CHUNKS = 4
 """Chunks of panels for each thread: few enough to count, enough for a slow thread to take fewer."""
-_BLOCK_ROWS = 264
-"""Rows of a block at most: the weights of a layer are read once for each block."""
+_BLOCK_ROWS = 132
+"""Rows of a block at most: weights are read once for each block, and a slow thread shall take fewer blocks."""
+_LAST_PARTS = 2
+"""Chunks for each thread that a block among the last ones is cut into."""
 _MANY_ROWS = 192
 """Rows for each thread from which on there are blocks."""
 _TILE_ROWS = ROWS[0]
@@ -46,7 +48,7 @@ def chunks_of(op: Any, step: Any, threads: int) -> int:
     if code == _MULTIPLY:
         blocks = _row_blocks(rows, threads)
         if op[19] == 0 and blocks > 0:
-            return blocks + threads * (threads - 1)
+            return blocks - threads + threads * _LAST_PARTS * threads
         return max(1, op[19]) * panel_chunks(op[8], threads)
     if code == _ATTEND:
         return step[11 + op[1]] * op[3]
@@ -93,8 +95,9 @@ def part_of_product(op: Any, step: Any, chunk: int, threads: int) -> tuple[int, 
     first, last, block = 0, panels, chunk
     whole = blocks - threads
     if chunk >= whole:  # the last block of each thread is shared out among all, so that they end together
-        part, block = (chunk - whole) % threads, whole + (chunk - whole) // threads
-        first, last = panels * part // threads, panels * (part + 1) // threads
+        parts = _LAST_PARTS * threads
+        part, block = (chunk - whole) % parts, whole + (chunk - whole) // parts
+        first, last = panels * part // parts, panels * (part + 1) // parts
     begin, end = _rows_of_block(rows, blocks, block)
     if block < blocks - 1 or op[18] == 0:
         return first, last, begin, end, op[5] + first * op[6], op[6]
