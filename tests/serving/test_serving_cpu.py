@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from numba import njit
+from numba.core.errors import TypingError
 
 from sihe.core.errors import InternalError
 from sihe.models.architecture import AttentionConfig, LayerConfig, PositionConfig, RopeScaling
 from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
-from sihe.serving.engine.compute.cpu import draws
+from sihe.serving.engine.compute.cpu import draws, team
 from sihe.serving.engine.compute.cpu.compute import CpuCompute
 from sihe.serving.engine.compute.cpu.kernels import Kind
 from sihe.serving.engine.compute.cpu.layout import lay_out
@@ -244,6 +247,18 @@ def test_warming_up_leaves_nothing_to_compile() -> None:
         logits = fed(compute, [1, 2, 3], BLOCKS)
         sample(logits, [Draw(temperature=1.0, top_k=top_k, top_p=0.9, seed=1, position=0) for top_k in (0, 5, 0)])
     assert [len(function.signatures) for function in compiled] == before
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_before_any_thread_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    @njit
+    def broken(shared: Any, semaphores: int, helpers: int, scratch: int) -> Any:
+        return shared.nothing_of_this_name(semaphores, helpers, scratch)
+
+    monkeypatch.setattr(team, "_work", broken)
+    before = threading.active_count()
+    with pytest.raises(TypingError, match="nothing_of_this_name"):
+        team.Team(2)
+    assert threading.active_count() == before
 
 
 def test_kernels_are_compiled_again_when_any_of_their_sources_changes() -> None:
