@@ -16,6 +16,7 @@ from sihe.console.pages.deployments import MEASURES, curves_of
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.exchange import Measure
 from sihe.serving.gateway.gateway import Gateway
+from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.types import Sender
 from sihe.serving.tables import deployments, rollouts
@@ -53,6 +54,15 @@ def test_the_page_shows_what_is(client: TestClient, gateway: Gateway, language: 
     page = client.get(PAGE, headers={"accept-language": language}).text
     for text in ("canary", "tiny@2", "shadow", "40.0", "rollout/promote", "rollout/pause"):
         assert text in page
+
+
+def test_the_page_says_how_many_processes_serve(client: TestClient, gateway: Gateway, language: str) -> None:
+    store = DeploymentStore(gateway.workspace.records, gateway.workspace.clock)
+    said = translate(language, "deployment.processes", count=2)  # type: ignore[arg-type]
+    assert said not in client.get(PAGE, headers={"accept-language": language}).text
+    store.report(gateway.status("chat"), process="srv_other")
+    assert said in client.get(PAGE, headers={"accept-language": language}).text
+    store.withdraw("srv_other")
 
 
 def test_the_page_shows_what_copies_have_shown(client: TestClient, gateway: Gateway, language: str) -> None:

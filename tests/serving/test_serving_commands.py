@@ -43,6 +43,10 @@ def test_create_list_alias_remove(deployed: Workspace) -> None:
     assert stored == EngineConfig(max_batch_size=4, reserve_cache=True)
     assert [item["name"] for item in json.loads(call("list", "--json"))] == ["chat"]
     assert "chat" in call("list")
+    store = DeploymentStore(deployed.records, deployed.clock)
+    for process, is_shown in (("srv_a", False), ("srv_b", True)):  # one is what everybody expects
+        store.report(store.reported("chat"), process=process)
+        assert ("processes" in call("list")) == is_shown
     call("alias", "tiny", "live", "2")
     assert deployed.tracking.resolve("tiny@live").version == 2
     call("remove", "chat")

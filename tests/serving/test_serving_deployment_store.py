@@ -17,7 +17,7 @@ from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.types import Shadow
 from sihe.serving.gateway.types import DeploymentState
-from sihe.serving.tables import deployments
+from sihe.serving.tables import deployments, reports
 
 READY: dict[str, Any] = {"state": "READY", "version": 1, "wanted": 1, "error": None, "replicas": []}
 REPLICA = {"version": 1, "state": "READY", "in_flight": 0}
@@ -42,8 +42,16 @@ def store(records: Records, clock: FakeClock) -> DeploymentStore:
     made = DeploymentStore(records, clock)
     made.put("a-good-one", "tiny", "", EngineConfig())
     made.put("chat", "tiny", "live", EngineConfig())
-    write(records, reported_at=clock.now(), status=READY)
+    said(records, clock, READY)
     return made
+
+
+def said(records: Records, clock: FakeClock, status: dict[str, Any], process: str = "srv_1") -> None:
+    """Another process has just reported this of `chat`."""
+    key = {"deployment": "chat", "process": process}
+    with records.transaction() as connection:
+        connection.execute(reports.delete().where(reports.c.process == process))
+        connection.execute(reports.insert().values(**key, status=status, reported_at=clock.now()))
 
 
 def write(records: Records, **values: object) -> None:
@@ -64,15 +72,16 @@ def test_a_report_is_shown_while_it_is_fresh(store: DeploymentStore, clock: Fake
     [
         ({"settings": {"speed": 3}}, "'speed'"),
         ({"replicas": {"planets": 3}}, "'planets'"),
-        ({"settings": {"speed": 3}, "reported_at": None}, "'speed'"),
     ],
 )
+@pytest.mark.parametrize("is_known", [True, False])
 def test_a_wish_that_cannot_be_read_is_shown_with_its_error_and_repaired_by_another(
-    store: DeploymentStore, records: Records, values: dict[str, object], said: str
+    store: DeploymentStore, records: Records, values: dict[str, object], said: str, is_known: bool
 ) -> None:
     write(records, **values)
+    if not is_known:
+        store.withdraw("srv_1")
     found = store.reported("chat")
-    is_known = "reported_at" not in values
     assert found.state is (DeploymentState.READY if is_known else DeploymentState.UNSERVED)
     assert (found.version, found.target) == (1 if is_known else None, "tiny@live")
     assert said in str(found.error)
@@ -118,41 +127,44 @@ def test_arms_that_cannot_be_read_stop_only_their_deployment_which_can_be_remove
     ],
 )
 def test_a_report_that_cannot_be_read_says_nothing_of_what_serves(
-    store: DeploymentStore, records: Records, status: dict[str, object]
+    store: DeploymentStore, records: Records, clock: FakeClock, status: dict[str, object]
 ) -> None:
-    write(records, status=status)
+    said(records, clock, status)
     found = store.reported("chat")
     assert (found.state, found.version, found.replicas) == (DeploymentState.UNSERVED, None, ())
     assert "report cannot be read" in str(found.error)
 
 
-def test_a_reported_error_comes_before_that_of_reading(store: DeploymentStore, records: Records) -> None:
-    write(records, status={**READY, "error": "no memory"}, settings={"speed": 3})
+def test_a_reported_error_comes_before_that_of_reading(
+    store: DeploymentStore, records: Records, clock: FakeClock
+) -> None:
+    said(records, clock, {**READY, "error": "no memory"})
+    write(records, settings={"speed": 3})
     assert store.reported("chat").error == "no memory"
 
 
 def test_what_a_shadow_has_shown_is_that_of_the_present_one(store: DeploymentStore, records: Records) -> None:
     status = store.reported("chat")
     shown = ShadowReport(5, 3, 1, 0, 1, 2, 0.75, 1.5, "tokens", 0.02, target="tiny@2")
-    store.report(status, shown)
+    store.report(status, shown, process="srv_1")
     assert store.shadow("chat") is None, "none is wanted"
     store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "2", 0.5)))
     assert store.shadow("chat") == shown
-    store.report(status)  # the process that serves now has not begun with it
+    store.report(status, process="srv_1")  # the process that serves now has not begun with it
     assert store.shadow("chat") is None
-    store.report(status, shown)
+    store.report(status, shown, process="srv_1")
     store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "3", 0.5)))
     assert store.shadow("chat") is None, "it is about another version"
     with pytest.raises(NotFound):
         store.shadow("absent")
 
 
-@pytest.mark.parametrize("said", [{"planet": 3}, {"copies": 1}])
+@pytest.mark.parametrize("shown", [{"planet": 3}, {"copies": 1}])
 def test_what_a_newer_version_says_of_a_shadow_is_nothing_here(
-    store: DeploymentStore, records: Records, said: dict[str, object]
+    store: DeploymentStore, records: Records, clock: FakeClock, shown: dict[str, object]
 ) -> None:
     store.change_traffic("chat", lambda policy: replace(policy, shadow=Shadow("tiny", "2", 0.5)))
-    write(records, status={**READY, "shadow": said})
+    said(records, clock, {**READY, "shadow": shown})
     assert store.shadow("chat") is None
     assert store.reported("chat").state is DeploymentState.READY
 

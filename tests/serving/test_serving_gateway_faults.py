@@ -19,8 +19,8 @@ from sihe.serving.errors import EngineClosed
 from sihe.serving.gateway.gateway import Gateway
 from sihe.serving.gateway.live import LiveDeployment
 from sihe.serving.gateway.route import Route
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.rollout import Gates, Plan, RolloutState, Step
-from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import Sender
 from sihe.serving.gateway.types import DeploymentState
 from sihe.serving.tables import deployments, rollouts
@@ -44,14 +44,14 @@ def own(gateway: Gateway) -> Iterator[Gateway]:
 def test_records_that_fail_for_one_deployment_leave_the_others_followed(
     own: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latest = ExperimentStore.latest
+    periods = ExperimentStore.periods
 
     def fails(store: ExperimentStore, deployment: str) -> object:
         if deployment == "a-bad-one":
             raise NoSpace("the records")
-        return latest(store, deployment)
+        return periods(store, deployment)
 
-    monkeypatch.setattr(ExperimentStore, "latest", fails)
+    monkeypatch.setattr(ExperimentStore, "periods", fails)
     own.start()
     own.deploy("a-bad-one", "tiny@1", settings=SETTINGS)
     own.deploy("good", "tiny@1", settings=SETTINGS)
@@ -234,7 +234,7 @@ def test_a_record_that_a_newer_version_wrote_stops_only_itself(
     assert set(shown) >= {"tiny", "good", "newer"}
     assert (shown["good"].error, shown["newer"].state, shown["newer"].version) == (None, DeploymentState.READY, 1)
     assert "'speed'" in str(shown["newer"].error)
-    assert own.status("newer") == shown["newer"]
+    assert "'speed'" in str(own.status("newer").error)
     own.remove("newer")
     assert [status.name for status in own.served() if status.name != "tiny"] == ["good"]
 
@@ -258,4 +258,5 @@ def test_a_rollout_that_cannot_be_read_stops_only_its_deployment(own: Gateway) -
         own.rollouts.pause("good")
     own.rollouts.roll_back("newer")
     assert set(own._live["newer"].routes) == {"stable"}, "it is followed again"
-    assert (own.status("newer").error, own.rollouts.history("newer")) == (None, [])
+    (seen,) = [status for status in own.served() if status.name == "newer"]
+    assert (seen.error, own.rollouts.history("newer")) == (None, [])

@@ -15,10 +15,10 @@ from sihe.core.records import Records
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.store import DeploymentStore
-from sihe.serving.gateway.traffic.experiment import Experiment, Split
-from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.experiment import Experiment, Period, Split
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState, Step
-from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
+from sihe.serving.gateway.traffic.store import RolloutStore
 from sihe.serving.gateway.traffic.types import Arm
 from sihe.serving.tables import rollouts
 from support.debian import postgres_server
@@ -152,12 +152,16 @@ def test_what_is_removed_leaves_nothing_for_the_next_of_its_name(
 ) -> None:
     store, experiments = RolloutStore(records, clock), ExperimentStore(records, clock)
     store.begin(a_rollout(clock))
-    experiments.save(Experiment("chat", 1, Split({"stable": 1.0}, {"stable": 1}), clock.now()))
+    split = Split({"stable": 1.0}, {"stable": 1})
+    assert experiments.begin("chat", Period(1, split, clock.now()), newest=None)
+    assert experiments.save(Experiment("chat", 1, split, clock.now()), "srv_1.0", is_new=True)
+    deployed.report(deployed.reported("chat"), process="srv_1")
     deployed.remove("chat")
     assert store.active() == {}
-    assert experiments.latest("chat") is None
+    assert (experiments.latest("chat"), experiments.heard("chat", 1, {})) == (None, {})
     deployed.put("chat", "tiny", "live", EngineConfig())
     assert deployed.get("chat").traffic.arms == ()
+    assert deployed.reported("chat").reported_at is None
 
 
 def test_arms_stay_when_a_deployment_is_deployed_anew(deployed: DeploymentStore) -> None:
@@ -166,20 +170,3 @@ def test_arms_stay_when_a_deployment_is_deployed_anew(deployed: DeploymentStore)
     assert deployed.get("chat").traffic.weights == {"stable": 0.7, "b": 0.3}
     with pytest.raises(NotFound):
         deployed.change_traffic("absent", lambda policy: policy)
-
-
-def test_measurements_survive_and_the_oldest_go(records: Records, clock: FakeClock) -> None:
-    store = ExperimentStore(records, clock)
-    assert store.latest("chat") is None
-    split = Split({"stable": 0.5, "b": 0.5}, {"stable": 1, "b": None})
-    for period in range(1, 25):
-        last = Experiment("chat", period, split, clock.now())
-        store.save(last)
-    last.record("b", Outcome("finished", "stop", None, 3, 4, 0.1, 0.2), 1, "someone")
-    store.save(last)
-    found = store.latest("chat")
-    assert found is not None
-    assert (found.period, found.split) == (24, split)
-    assert found.report() == last.report()
-    with records.snapshot() as connection:
-        assert connection.exec_driver_sql("SELECT count(*) FROM sihe_experiments").scalar_one() == 20

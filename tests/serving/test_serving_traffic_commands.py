@@ -15,11 +15,11 @@ from sihe.core.workspace import Workspace
 from sihe.serving.commands import app
 from sihe.serving.engine.types import GenerationRequest
 from sihe.serving.gateway.store import DeploymentStore
-from sihe.serving.gateway.traffic.experiment import Experiment, Split
+from sihe.serving.gateway.traffic.experiment import Experiment, Period, Split
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.outcome import Outcome
 from sihe.serving.gateway.traffic.request_log import LogEntry, RequestLog
 from sihe.serving.gateway.traffic.shadow import ShadowReport
-from sihe.serving.gateway.traffic.store import ExperimentStore
 from support.tiny_models import tiny_model
 
 
@@ -66,7 +66,9 @@ def test_what_was_measured_is_shown_with_what_can_be_said_of_it(deployed: Worksp
         latency = (0.2 if arm == "b" else 0.1) * (1 + number % 7 / 10)
         cluster = period.begin(f"r{number}", arm, f"r{number}")
         period.record(arm, Outcome("finished", "stop", None, 5, 5, 0.05, latency), cluster, f"r{number}")
-    ExperimentStore(deployed.records, deployed.clock).save(period)
+    store = ExperimentStore(deployed.records, deployed.clock)
+    assert store.begin("chat", Period(1, split, period.started_at), newest=None)
+    assert store.save(period, "srv_1.0", is_new=True)
     shown = " ".join(call("arms", "chat").split())
     assert "worse" in shown
     assert "300" in shown
@@ -79,12 +81,13 @@ def test_shadow_and_logs(deployed: Workspace) -> None:
     found = json.loads(call("shadows", "chat", "--json"))
     assert (found["shadow"]["share"], found["report"]) == (0.3, None)
     store = DeploymentStore(deployed.records, deployed.clock)
-    store.report(store.reported("chat"), ShadowReport(8, 5, 1, 0, 2, 4, 0.9375, 1.25, "tokens", 0.05, "tiny@2"))
+    report = ShadowReport(8, 5, 1, 0, 2, 4, 0.9375, 1.25, "tokens", 0.05, "tiny@2")
+    store.report(store.reported("chat"), report, process="a")
     shown = " ".join(call("shadows", "chat").split())
     assert "shadow tiny@2 gets copies of 30%" in shown
     assert "8 5 4 1 0 2 0.9375 (tokens) 50 ms 1.25 x" in shown
     assert json.loads(call("shadows", "chat", "--json"))["report"]["mean_agreement"] == 0.9375
-    store.report(store.reported("chat"), ShadowReport(1, 0, 0, 0, 1, 0, None, None, target="tiny@2"))
+    store.report(store.reported("chat"), ShadowReport(1, 0, 0, 0, 1, 0, None, None, target="tiny@2"), process="a")
     assert "1 0 0 0 0 1 – – –" in " ".join(call("shadows", "chat").split())
     assert "no shadow" in call("shadow", "chat")
     with pytest.raises(NotFound, match="sihe deploy shadow chat"):

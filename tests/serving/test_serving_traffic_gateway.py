@@ -242,19 +242,24 @@ def test_measurements_and_rollouts_go_on_after_a_restart(tmp_path: Path, gateway
         with first:
             first.wait_ready("again", timeout_s=30)
             first.rollouts.start("again", "tiny@2", Plan(steps=(Step(0.5, 1000),), gates=QUICK))
-            until(first, lambda: len([arm for arm in first.status("again").arms if arm.version]) == 2)
+            until(first, lambda: _versions(first, "again") == {1, 2})
             for number in range(30):
                 first.generate("again", REQUEST, Sender(f"r{number}")).result(30)
             before = first.traffic.experiment("again")
         second = Gateway(opened, poll_interval_s=60, registry=CollectorRegistry())
         with second:
             second.wait_ready("again", timeout_s=30)
-            until(second, lambda: len([arm for arm in second.status("again").arms if arm.version]) == 2)
+            until(second, lambda: _versions(second, "again") == {1, 2})
             after = second.traffic.experiment("again")
             assert after == before
             assert sum(arm.requests for arm in after.arms) == 30
             assert second.rollouts.history("again")[0].is_active
             second.remove("again")
+
+
+def _versions(gateway: Gateway, name: str) -> set[int | None]:
+    """What the arms serve in this process."""
+    return {arm.version for status in gateway.served() if status.name == name for arm in status.arms}
 
 
 # ---- shadows ---------------------------------------------------------------------------------------------------------

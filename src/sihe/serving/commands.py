@@ -52,7 +52,9 @@ def list_(as_json: _Json = False) -> None:
     if as_json or not found:
         terminal.emit(found, as_json=as_json)
         return
-    columns = ("name", "target", "state", "version", "wanted", "error")
+    columns = ["name", "target", "state", "version", "wanted", "error"]
+    if any(status.processes > 1 for status in found):
+        columns.insert(3, "processes")
     terminal.table(columns, [[getattr(status, column) for column in columns] for status in found])
 
 

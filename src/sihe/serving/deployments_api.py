@@ -230,12 +230,13 @@ def _add_findings(routes: APIRouter, gateway: Gateway) -> None:
 
     @routes.get("/api/deployments/{name}/experiment", tags=["traffic"])
     def get_experiment(name: str) -> ExperimentReport:
-        """The arms beside each other, with what can be said of their differences."""
+        """The arms beside each other, with what can be said of their differences; of what other processes answer up to
+        some seconds old."""
         return traffic.experiment(name)
 
     @routes.get("/api/deployments/{name}/shadow", tags=["traffic"])
     def get_shadow(name: str) -> ShadowReport:
-        """What copies have shown; up to some seconds old where another process serves."""
+        """What copies have shown in all processes that serve; of others than this one up to some seconds old."""
         found = traffic.shadow(name)
         if found is None:
             raise NotFound("shadow of", name, hint="set one, and let the deployment be served")

@@ -1,5 +1,5 @@
-"""Deployments: what is wanted (by whoever deploys) beside what is (as the serving process reports it); rollouts, and
-what the arms of a deployment were measured by."""
+"""Deployments: what is wanted (by whoever deploys) beside what is (as each process that serves them reports it);
+rollouts, and what the arms of a deployment were measured by, period by period."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ deployments = Table(
     Column("traffic", JSON(none_as_null=True)),
     # LoRA adapters that were loaded while it served: name → place in the object store.
     Column("adapters", JSON(none_as_null=True)),
-    # What is: the last report of the process that serves it, and when it came. Old reports mean that nobody does.
-    Column("status", JSON),
-    Column("reported_at", UtcDateTime),
+)
+
+# What is: the last report of each process that serves a deployment, and when it came. Old ones say nothing.
+reports = Table(
+    "sihe_deployment_reports",
+    metadata,
+    Column("deployment", String(120), primary_key=True),
+    Column("process", String(40), primary_key=True),
+    Column("status", JSON, nullable=False),
+    Column("reported_at", UtcDateTime, nullable=False),
 )
 
 rollouts = Table(
@@ -45,13 +52,24 @@ rollouts = Table(
     Index("ix_sihe_rollouts_deployment_id", "deployment", "id"),
 )
 
-experiments = Table(
-    "sihe_experiments",
+# In which arms, weights and versions stayed as they are; the same for all processes.
+periods = Table(
+    "sihe_periods",
+    metadata,
+    Column("deployment", String(120), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("split", JSON, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+)
+
+# What a period was measured by: a row for each stay of a process in it, which only that process writes.
+measurements = Table(
+    "sihe_measurements",
     metadata,
     Column("deployment", String(120), primary_key=True),
     Column("period", Integer, primary_key=True, autoincrement=False),
-    Column("split", JSON, nullable=False),
+    Column("writer", String(40), primary_key=True),  # the process, a dot, and which of its stays
+    Column("revision", Integer, nullable=False),  # grows with every write: readers see what they have read already
     Column("statistics", JSON, nullable=False),
-    Column("started_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
 )

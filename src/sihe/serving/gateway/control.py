@@ -1,7 +1,8 @@
 """How requests of a deployment are dealt out, changed and looked at: arms, shadow, logs, feedback.
 
-What is changed is written into the records, from any process; the one that serves follows. Feedback and measurements
-are the serving process's own.
+What is changed is written into the records, from any process; those that serve follow. What was measured is that of
+all of them together: of the others as they have stored it last, within the last seconds. Feedback is taken by the
+process that has answered.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from sihe.serving.gateway.settings import ModelSettings, settings_for
 from sihe.serving.gateway.store import DeploymentStore
 from sihe.serving.gateway.traffic import request_log
 from sihe.serving.gateway.traffic.experiment import ExperimentReport
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.pulse import Sample
 from sihe.serving.gateway.traffic.request_log import RequestRecord
 from sihe.serving.gateway.traffic.shadow import ShadowReport
-from sihe.serving.gateway.traffic.store import ExperimentStore, RolloutStore
+from sihe.serving.gateway.traffic.store import RolloutStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Arm, LogPolicy, Shadow, Sticky, TrafficPolicy
 from sihe.serving.predictive.config import KIND, KIND_TAG, PredictiveConfig
 
 
 class TrafficControl:
-    """`live` gives a deployment that this process serves, and `notify` brings changes about at once."""
+    """`live` gives a deployment that this process serves, `process` its name in the records, and `notify` brings
+    changes about at once."""
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class TrafficControl:
         deployments: DeploymentStore,
         *,
         live: Callable[[str], LiveDeployment | None],
+        process: Callable[[], str],
         notify: Callable[[], None],
     ) -> None:
         self._workspace = workspace
@@ -42,6 +46,7 @@ class TrafficControl:
         self._rollouts = RolloutStore(workspace.records, workspace.clock)
         self._experiments = ExperimentStore(workspace.records, workspace.clock)
         self._live = live
+        self._process = process
         self._notify = notify
 
     # ---- arms -------------------------------------------------------------------------------------------------------
@@ -113,9 +118,14 @@ class TrafficControl:
     # ---- what was measured ------------------------------------------------------------------------------------------
 
     def experiment(self, name: str) -> ExperimentReport:
-        """The arms of the present period beside each other; as last stored where another process serves."""
+        """The arms of the present period beside each other, measured by all processes that serve them.
+
+        What this process has measured is there at once, what others have as they stored it last: they do so every
+        `REPORT_INTERVAL_S`, and are read at each look at the records. Where they are in different periods, as one has
+        not loaded a version yet, it is the period of this process; where this one does not serve, the newest.
+        """
         live = self._live(name)
-        found = live.experiment if live is not None else self._experiments.latest(name)
+        found = live.membership if live is not None else self._experiments.latest(name)
         if found is None:
             self._deployments.get(name)
             raise NotFound("measurement of", name, hint="nothing was asked of it yet")
@@ -130,13 +140,15 @@ class TrafficControl:
         if live is None:
             self._deployments.get(name)
             raise NotReady(name, "this process does not serve it: send feedback to the one that does")
-        return live.experiment.feedback(feedback_name(request_id, tenant), values)
+        return live.membership.experiment.feedback(feedback_name(request_id, tenant), values)
 
     def shadow(self, name: str) -> ShadowReport | None:
-        """What copies have shown since the serving process began to make them, as last stored where that is another
-        one; None without a shadow, or before it was heard of. Raises `NotFound`."""
+        """What copies have shown since the serving processes began to make them, as last stored where these are others;
+        None without a shadow, or before it was heard of. Raises `NotFound`."""
         live = self._live(name)
-        return live.shadow_report() if live is not None else self._deployments.shadow(name)
+        return self._deployments.shadow(
+            name, live.shadow_report() if live is not None else None, process=self._process()
+        )
 
     def pulse(self, name: str) -> list[Sample]:
         """The last minutes of each arm, oldest first; empty where another process serves."""

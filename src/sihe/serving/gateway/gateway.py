@@ -30,10 +30,10 @@ from sihe.serving.gateway.rollouts import RolloutControl
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.settings import ModelSettings, check_kind, settings_for
 from sihe.serving.gateway.store import REPORT_INTERVAL_S, DeploymentStore
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.presence import Presence
 from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Move, Rollout, RolloutState, decide
-from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import MAX_KEEP_DAYS, Sender
 from sihe.serving.gateway.turn import Turn
 from sihe.serving.gateway.types import Deployment, DeploymentStatus
@@ -75,8 +75,13 @@ class Gateway:
         self._log = logger("serving")
         self._store = DeploymentStore(workspace.records, workspace.clock)
         self._synchronising = threading.Lock()
+        self._process = new_id("srv")  # by which the records know it; another one with each start
         self.traffic = TrafficControl(
-            workspace, self._store, live=lambda name: self._live.get(name), notify=self.notify
+            workspace,
+            self._store,
+            live=lambda name: self._live.get(name),
+            process=lambda: self._process,
+            notify=self.notify,
         )
         self.rollouts = RolloutControl(workspace, self._store, notify=self.notify)
         self.adapters = AdapterControl(workspace, self._store, live=self._served, notify=self.notify)
@@ -142,15 +147,18 @@ class Gateway:
     # ---- what is ----------------------------------------------------------------------------------------------------
 
     def list(self) -> list[DeploymentStatus]:
-        """Every deployment, by name: as it is where this process serves it, else as last reported.
+        """Every deployment, by name, as all processes that serve it see it: this one now, others as last reported.
 
         One whose record cannot be read, as a newer version wrote it, has that as its error.
         """
-        return [self._status(reported) for reported in self._store.all_reported()]
+        live = {name: self._live_status(one) for name, one in self._live.items()}
+        return self._store.all_reported(live, process=self._process)
 
     def status(self, name: str) -> DeploymentStatus:
-        """One deployment. Raises `NotFound`."""
-        return self._status(self._store.reported(name))
+        """One deployment, the same. Raises `NotFound`."""
+        live = self._live.get(name)
+        status = self._live_status(live) if live is not None else None
+        return self._store.reported(name, status, process=self._process)
 
     def served(self) -> tuple[DeploymentStatus, ...]:
         """What this process serves, from memory."""
@@ -210,6 +218,9 @@ class Gateway:
         if self._watcher is not None:
             return
         _ = self.workspace.tracking.client  # opened once, before two threads could
+        self._process = new_id("srv")  # what the one before has measured and stored stays its own
+        self._reported = {}
+        self._next_report_s = 0.0
         self._stop.clear()
         self._request_log = RequestLog(self.workspace.path("lake"), on_fate=self._note_records)
         self._watcher = threading.Thread(target=self._watch, name="gateway watcher", daemon=True)
@@ -246,8 +257,16 @@ class Gateway:
             thread.join()
         for live in deployments:
             self._save(live)
+        self._withdraw()
         if self._request_log is not None:
             self._request_log.close()
+
+    def _withdraw(self) -> None:
+        """Says to others that this process serves nothing more; where it cannot, its reports grow old."""
+        try:
+            self._store.withdraw(self._process)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._log.warning("reports_not_withdrawn", error=repr(error))
 
     def _halt(self) -> None:
         """At the interpreter's end, where nobody has closed it: models free themselves, and threads that follow must
@@ -335,6 +354,7 @@ class Gateway:
         return LiveDeployment(
             deployment,
             self._loader(deployment.name),
+            process=self._process,
             experiments=self._experiments,
             log=self._request_log,
             metrics=TrafficMetrics.on(self._registry or REGISTRY),
@@ -393,7 +413,7 @@ class Gateway:
                 self._save(live)
             if everything or self._reported.get(name) != status:
                 try:
-                    self._store.report(status, live.shadow_report())
+                    self._store.report(status, live.shadow_report(), process=self._process)
                 except Exception as error:  # noqa: BLE001 - a report that is lost is written again
                     self._log.warning("report_failed", deployment=name, error=repr(error))
                     return
@@ -422,7 +442,7 @@ class Gateway:
 
     def _save(self, live: LiveDeployment) -> None:
         try:
-            live.save()
+            live.membership.save()
         except Exception as error:  # noqa: BLE001 - it is saved again
             self._log.warning("measurements_not_saved", deployment=live.name, error=repr(error))
 
@@ -446,7 +466,3 @@ class Gateway:
         status = live.status()
         error = status.error or self._unreadable.get(live.name)
         return replace(status, error=error, rollout_note=self._notes.get(live.name, ""))
-
-    def _status(self, reported: DeploymentStatus) -> DeploymentStatus:
-        live = self._live.get(reported.name)
-        return self._live_status(live) if live is not None else reported

@@ -30,7 +30,9 @@ from sihe.serving.gateway.replicas.ports import Load
 from sihe.serving.gateway.route import Route
 from sihe.serving.gateway.traffic.assignment import ranking
 from sihe.serving.gateway.traffic.experiment import Experiment, Split
+from sihe.serving.gateway.traffic.experiment_store import ExperimentStore
 from sihe.serving.gateway.traffic.handover import Handover
+from sihe.serving.gateway.traffic.membership import Membership
 from sihe.serving.gateway.traffic.metrics import TrafficMetrics
 from sihe.serving.gateway.traffic.outcome import Observation, Outcome
 from sihe.serving.gateway.traffic.presence import Presence
@@ -38,7 +40,6 @@ from sihe.serving.gateway.traffic.pulse import ArmLoad, Pulse
 from sihe.serving.gateway.traffic.request_log import RequestLog
 from sihe.serving.gateway.traffic.rollout import Rollout, Sight
 from sihe.serving.gateway.traffic.shadow import ShadowReport
-from sihe.serving.gateway.traffic.store import ExperimentStore
 from sihe.serving.gateway.traffic.types import SHADOW, STABLE, Sender, sticky_key
 from sihe.serving.gateway.turn import Aside, Turn
 from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus
@@ -67,6 +68,7 @@ class LiveDeployment:
         deployment: Deployment,
         load: Load,
         *,
+        process: str,
         experiments: ExperimentStore,
         log: RequestLog,
         metrics: TrafficMetrics,
@@ -77,16 +79,13 @@ class LiveDeployment:
         self.name = deployment.name
         self._adapter_folder = adapter_folder
         self._load = load
-        self._experiments = experiments
         self._metrics = metrics
         self._presence = presence
         self._clock = clock
         self._log = logger("serving").bind(deployment=self.name)
         self._deployment = deployment
         # Before there are routes: where the records fail, none of them is left behind with its thread.
-        self._experiment = experiments.latest(self.name) or Experiment(
-            self.name, 1, Split(deployment.traffic.weights, {}), clock.now()
-        )
+        self._membership = Membership(self.name, process, deployment.traffic.weights, store=experiments, clock=clock)
         # Replaced whole when they change, so that requests read them without a lock.
         self._routes: dict[str, Route] = {STABLE: self._new_route(deployment)}
         self._aims: dict[Route, tuple[object, ...]] = {}
@@ -100,7 +99,6 @@ class LiveDeployment:
             clock=clock,
             note_outcome=self.note_outcome,
         )
-        self._saved: tuple[int, int] | None = None
         self.pulse = Pulse(clock.monotonic_s())
 
     @property
@@ -109,9 +107,9 @@ class LiveDeployment:
         return self._routes[STABLE]
 
     @property
-    def experiment(self) -> Experiment:
-        """The present period."""
-        return self._experiment
+    def membership(self) -> Membership:
+        """What its requests are measured by, and what the other processes have measured of the same."""
+        return self._membership
 
     @property
     def routes(self) -> Mapping[str, Route]:
@@ -130,7 +128,7 @@ class LiveDeployment:
     ) -> GenerationStream:
         """Starts a request on its arm, or on the stable one. Raises `NotReady`, and what the engine raises."""
         sender = sender or Sender(new_id("req"))
-        experiment = self._experiment
+        experiment = self._membership.experiment
         key, arm = self._dealt(sender, request.tenant, experiment)
         passage = _Passage(
             sender,
@@ -173,7 +171,7 @@ class LiveDeployment:
         Who names a `version` gets the arm that serves it, and what becomes of that counts for no arm. `weight` is how
         much work it is beside others.
         """
-        experiment = self._experiment
+        experiment = self._membership.experiment
         key, arm = self._dealt(sender, tenant, experiment)
         if version is not None:
             arm = self._arm_of(version)
@@ -316,7 +314,7 @@ class LiveDeployment:
         try:
             self._bystanders.follow(deployment.traffic, routes.get(SHADOW))
             self._note_readiness()
-            self._renew_experiment(wants)
+            self._measure(wants)
             self._sample()
         finally:  # what fails above must not leave them behind
             for route in retired:
@@ -364,29 +362,18 @@ class LiveDeployment:
         for arm in self._unready_since_s.keys() - self._routes.keys():
             del self._unready_since_s[arm]
 
-    def _renew_experiment(self, wants: Mapping[str, Deployment]) -> None:
-        """Begins a new period when weights or versions have changed. A version that is not there now is not changed,
-        and one that becomes known need not begin one (`Experiment.followed_by`)."""
+    def _measure(self, wants: Mapping[str, Deployment]) -> None:
+        """Lets what is measured from now on belong to the weights and versions that there are now."""
         weights = {arm: weight for arm, weight in self._deployment.traffic.weights.items() if arm in wants}
         weights[STABLE] = 1 - math.fsum(weight for arm, weight in weights.items() if arm != STABLE)
-        former = self._experiment.split.versions
-        versions = {arm: self._routes[arm].status().version or former.get(arm) for arm in weights}
-        split = Split({arm: round(weight, 12) for arm, weight in weights.items()}, versions)
-        if split == self._experiment.split:
-            return
-        following = self._experiment.followed_by(split, self._clock.now())
-        if following is not self._experiment and self._experiment.changes:
-            try:
-                self.save()
-            except Exception as error:  # noqa: BLE001 - what is lost is a measurement; the routes must not wait for it
-                self._log.warning("measurements_not_saved", period=self._experiment.period, error=repr(error))
-        self._experiment = following
+        weights = {arm: round(weight, 12) for arm, weight in weights.items()}
+        self._membership.follow(weights, {arm: self._routes[arm].status().version for arm in weights})
 
     # ---- what is ----------------------------------------------------------------------------------------------------
 
     def status(self) -> DeploymentStatus:
         """What is, as far as this process knows."""
-        weights = self._experiment.split.weights
+        weights = self._membership.experiment.split.weights
         arms = [
             arm_status(arm, route.status(), weights.get(arm, 0.0))
             for arm, route in sorted(self._routes.items(), key=lambda item: (item[0] != STABLE, item[0]))
@@ -394,8 +381,9 @@ class LiveDeployment:
         return replace(self.stable.status(), arms=tuple(arms) if len(arms) > 1 else ())
 
     def sight(self, rollout: Rollout) -> Sight | None:
-        """What a rollout is judged by; None while its step has not reached the routes."""
-        experiment, route = self._experiment, self._routes.get(rollout.arm)
+        """What a rollout is judged by: the requests of all processes, those of the others as last stored; None while
+        its step has not reached the routes of this one. Whether the canary can serve is what this process sees."""
+        experiment, route = self._membership.experiment, self._routes.get(rollout.arm)
         if route is None or experiment.split.weights.get(rollout.arm) != rollout.weight:
             return None
         status = route.status()
@@ -414,13 +402,6 @@ class LiveDeployment:
     def shadow_report(self) -> ShadowReport | None:
         """What the shadow's copies have shown; None without a shadow."""
         return self._bystanders.report()
-
-    def save(self) -> None:
-        """Stores what the arms were measured by, if there is news."""
-        mark = (self._experiment.period, self._experiment.changes)
-        if mark != self._saved:
-            self._experiments.save(self._experiment)
-            self._saved = mark
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Frees every route: after their streams have ended, for at most `timeout_s`, or at once without `drain`.

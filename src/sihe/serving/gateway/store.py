@@ -1,39 +1,33 @@
-"""Deployments in the records database: any process may write what is wanted, the serving one reports what is."""
+"""Deployments in the records database: any process may write what is wanted, those that serve report what is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Connection, Row, select
 
 from sihe.core.clock import Clock
 from sihe.core.errors import AlreadyExists, NotFound, UserError
 from sihe.core.records import Records
+from sihe.serving.gateway import reports as said
 from sihe.serving.gateway.replicas.config import ReplicaConfig
 from sihe.serving.gateway.settings import ModelSettings, from_mapping
 from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.store import change_traffic, forget
-from sihe.serving.gateway.traffic.types import ArmStatus, TrafficPolicy
-from sihe.serving.gateway.types import (
-    Deployment,
-    DeploymentState,
-    DeploymentStatus,
-    ReplicaState,
-    ReplicaStatus,
-    target_of,
-)
-from sihe.serving.tables import deployments
+from sihe.serving.gateway.traffic.types import TrafficPolicy
+from sihe.serving.gateway.types import Deployment, DeploymentState, DeploymentStatus, target_of
+from sihe.serving.tables import deployments, reports
 
 REPORT_INTERVAL_S = 5.0
-_REPORTED = ("state", "version", "wanted", "error", "replicas", "arms", "rollout_note")
 _STALE_AFTER = timedelta(seconds=4 * REPORT_INTERVAL_S)
+_REMOVED_AFTER = 15 * _STALE_AFTER  # clocks of two machines differ by less
 
 
 class DeploymentStore:
-    """Rows of `sihe_deployments`."""
+    """Rows of `sihe_deployments`, and of `sihe_deployment_reports`: one for each process that serves a deployment."""
 
     def __init__(self, records: Records, clock: Clock) -> None:
         self._records = records
@@ -71,7 +65,9 @@ class DeploymentStore:
 
     def get(self, name: str) -> Deployment:
         """The wish under `name`. Raises `NotFound`."""
-        return _deployment(self._row(name))
+        with self._records.snapshot() as connection:
+            row = self._row(connection, name)
+        return _deployment(row)
 
     def adapters(self, name: str) -> dict[str, str]:
         """Its adapters by name, with their places; of a deployment that is unknown, none."""
@@ -132,71 +128,100 @@ class DeploymentStore:
                 raise _missing(name)
             forget(connection, name)
 
-    def report(self, status: DeploymentStatus, shadow: ShadowReport | None = None) -> None:
-        """Stores what the serving process says, and what its shadow has shown; a deployment that was removed meanwhile
-        stays removed."""
-        said = asdict(status)
-        values = {key: said[key] for key in _REPORTED} | {"shadow": None if shadow is None else asdict(shadow)}
+    def report(self, status: DeploymentStatus, shadow: ShadowReport | None = None, *, process: str) -> None:
+        """Stores what a process that serves it says, and what its shadow has shown. Reports of processes that have said
+        nothing for minutes go; a deployment that was removed meanwhile stays removed."""
+        name, now = status.name, self._clock.now()
+        values = {"status": said.to_mapping(status, shadow), "reported_at": now}
+        is_own = (reports.c.deployment == name) & (reports.c.process == process)
+        is_old = (reports.c.deployment == name) & (reports.c.reported_at < now - _REMOVED_AFTER)
+        wish = select(deployments.c.name).where(deployments.c.name == name).with_for_update()
         with self._records.transaction() as connection:
-            connection.execute(
-                deployments.update()
-                .where(deployments.c.name == status.name)
-                .values(status=values, reported_at=self._clock.now())
-            )
+            if connection.execute(wish).one_or_none() is None:
+                return
+            connection.execute(reports.delete().where(is_old))
+            if connection.execute(reports.update().where(is_own).values(**values)).rowcount == 0:
+                connection.execute(reports.insert().values(deployment=name, process=process, **values))
 
-    def reported(self, name: str) -> DeploymentStatus:
-        """What was last said about `name`; UNSERVED when that is too long ago. Raises `NotFound`.
+    def withdraw(self, process: str) -> None:
+        """Removes all reports of a process that serves no more."""
+        with self._records.transaction() as connection:
+            connection.execute(reports.delete().where(reports.c.process == process))
 
-        A wish or a report that cannot be read, as a newer version wrote it, is the status' error.
+    def reported(
+        self, name: str, live: DeploymentStatus | None = None, *, process: str | None = None
+    ) -> DeploymentStatus:
+        """What the processes that serve `name` have said lately, together; UNSERVED where none has.
+
+        `live` is what the asking `process` says now, in the place of its report. Raises `NotFound`. A wish or a report
+        that cannot be read, as a newer version wrote it, is the status' error.
         """
-        return self._status(self._row(name))
+        with self._records.snapshot() as connection:
+            row = self._row(connection, name)
+            found = _reports(connection, name)
+        return self._status(row, found, live, process)
 
-    def shadow(self, name: str) -> ShadowReport | None:
-        """What was last said about the shadow of `name`; None where nothing was of the one that it has now, or nothing
-        that can be read. Raises `NotFound`, and what is wrong with the wish."""
-        row = self._row(name)
+    def shadow(self, name: str, live: ShadowReport | None = None, *, process: str | None = None) -> ShadowReport | None:
+        """What the copies of all processes have shown, as last said, or as `live` for the asking one; None where
+        nothing was said of the shadow that `name` has now, or nothing that can be read. Raises `NotFound`, and what is
+        wrong with the wish."""
+        with self._records.snapshot() as connection:
+            row = self._row(connection, name)
+            found = _reports(connection, name)
         wanted = _deployment(row).traffic.shadow
-        said = (row.status or {}).get("shadow")
-        if wanted is None or said is None:
+        shown = [live, *(said.shadow_from_mapping(one.status) for one in found if one.process != process)]
+        if wanted is None:
             return None
-        try:
-            found = ShadowReport(**said)
-        except TypeError:  # a newer version wrote it
-            return None
-        return found if found.target == wanted.target else None
+        return said.merged_shadow([one for one in shown if one is not None and one.target == wanted.target])
 
-    def all_reported(self) -> list[DeploymentStatus]:
-        """The same of every deployment, by name."""
+    def all_reported(
+        self, live: Mapping[str, DeploymentStatus] | None = None, *, process: str | None = None
+    ) -> list[DeploymentStatus]:
+        """The same as `reported` of every deployment, by name."""
         with self._records.snapshot() as connection:
             rows = connection.execute(select(deployments).order_by(deployments.c.name)).all()
-        return [self._status(row) for row in rows]
+            found = connection.execute(select(reports).order_by(reports.c.process)).all()
+        return [
+            self._status(row, [one for one in found if one.deployment == row.name], (live or {}).get(row.name), process)
+            for row in rows
+        ]
 
-    def _status(self, row: Row[Any]) -> DeploymentStatus:
+    def _status(
+        self, row: Row[Any], found: Sequence[Row[Any]], live: DeploymentStatus | None, process: str | None
+    ) -> DeploymentStatus:
         fault = None
         try:
             _deployment(row)
         except UserError as error:
             fault = str(error)
-        is_fresh = row.reported_at is not None and self._clock.now() - row.reported_at < _STALE_AFTER
-        try:
-            status = _said(row) if is_fresh else _unserved(row)
-        except (KeyError, TypeError, ValueError) as error:
-            status, fault = _unserved(row), fault or f"its report cannot be read: {error!r}"
+        unserved = _unserved(row, found)
+        statuses = [] if live is None else [live]
+        for one in found:
+            if one.process == process or self._clock.now() - one.reported_at >= _STALE_AFTER:
+                continue
+            try:
+                statuses.append(said.from_mapping(unserved, one.status, one.reported_at))
+            except (KeyError, TypeError, ValueError) as error:
+                fault = fault or f"its report cannot be read: {error!r}"
+        status = said.merged(unserved, statuses)
         return replace(status, error=status.error or fault)
 
-    def _row(self, name: str) -> Row[Any]:
-        with self._records.snapshot() as connection:
-            row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
+    def _row(self, connection: Connection, name: str) -> Row[Any]:
+        row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
         if row is None:
             raise _missing(name)
         return row
+
+
+def _reports(connection: Connection, name: str) -> Sequence[Row[Any]]:
+    return connection.execute(select(reports).where(reports.c.deployment == name).order_by(reports.c.process)).all()
 
 
 def _missing(name: str) -> NotFound:
     return NotFound("deployment", name, hint="see them with  sihe deploy list")
 
 
-def _unserved(row: Row[Any]) -> DeploymentStatus:
+def _unserved(row: Row[Any], found: Sequence[Row[Any]]) -> DeploymentStatus:
     return DeploymentStatus(
         name=row.name,
         target=target_of(row.model, row.selector),
@@ -206,24 +231,8 @@ def _unserved(row: Row[Any]) -> DeploymentStatus:
         error=None,
         replicas=(),
         updated_at=row.updated_at,
-        reported_at=row.reported_at,
-    )
-
-
-def _said(row: Row[Any]) -> DeploymentStatus:
-    """What the serving process said. Raises `KeyError`, `TypeError` or `ValueError` where that has another form."""
-    said = row.status
-    return replace(
-        _unserved(row),
-        state=DeploymentState(said["state"]),
-        version=said["version"],
-        wanted=said["wanted"],
-        error=said["error"],
-        replicas=tuple(
-            ReplicaStatus(item["version"], ReplicaState(item["state"]), item["in_flight"]) for item in said["replicas"]
-        ),
-        arms=tuple(ArmStatus(**item) for item in said.get("arms", ())),
-        rollout_note=said.get("rollout_note", ""),
+        reported_at=max((one.reported_at for one in found), default=None),
+        processes=0,
     )
 
 

@@ -53,7 +53,8 @@ def target_of(model: str, selector: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """What is: which version answers (None: none yet), which one is wanted, and why they differ if they do."""
+    """What is: which version answers (None: none yet), which one is wanted, and why they differ if they do. Where
+    several processes serve it, it is that of all together (`reports`)."""
 
     name: str
     target: str
@@ -68,3 +69,5 @@ class DeploymentStatus:
     """Every arm, the shadow's among them, where there are others than the stable one."""
     rollout_note: str = ""
     """What the rollout that is on its way waits for."""
+    processes: int = 1
+    """How many processes serve it, each with replicas of its own."""

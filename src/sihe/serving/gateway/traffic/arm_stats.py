@@ -1,7 +1,13 @@
-"""What an arm's answers were like: counts and sums that grow with each request, of fixed size."""
+"""What an arm's answers were like: counts and sums that grow with each request, of bounded size, and that add up.
+
+What several processes have measured is absorbed into one, and that is what one process would hold that had answered all
+requests. So senders are kept as numbers, not only counted: one whose requests went to two processes is still one.
+"""
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +30,15 @@ class ArmStats:
     def __init__(self) -> None:
         self.requests = 0  # that ended by themselves, with an answer or an error
         self.left = 0  # whose reader left: neither good nor bad
-        self.units = 0  # senders, as far as they can be told apart
+        self.senders: set[int] = set()  # hashes of 32 bits, of those that are told apart
+        self.units_before = 0  # senders that an earlier version of the house counted and did not keep
         self.metrics: dict[str, Moments] = {name: Moments() for name in BUILT_IN}
         self.times: dict[str, Histogram] = {name: Histogram() for name in _TIMES}
+
+    @property
+    def units(self) -> int:
+        """Senders, as far as they are told apart."""
+        return self.units_before + len(self.senders)
 
     @property
     def is_measured(self) -> bool:
@@ -76,12 +88,26 @@ class ArmStats:
         """The moments of a metric; empty where it has no values."""
         return self.metrics.get(name) or Moments()
 
+    def absorb(self, other: ArmStats, *, with_senders: bool = True) -> None:
+        """Takes in what `other` has measured of the same arm. Names of feedback beyond the limit are left out."""
+        self.requests += other.requests
+        self.left += other.left
+        if with_senders:
+            self.senders |= other.senders
+            self.units_before += other.units_before
+        for name, moments in sorted(other.metrics.items()):
+            if name in self.metrics or len(self.metrics) < len(BUILT_IN) + MAX_METRICS:
+                self.metrics.setdefault(name, Moments()).absorb(moments)
+        for name, histogram in other.times.items():
+            self.times.setdefault(name, Histogram()).absorb(histogram)
+
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, from which `from_mapping` makes the same again."""
         return {
             "requests": self.requests,
             "left": self.left,
-            "units": self.units,
+            "units": self.units_before,
+            "senders": _packed(self.senders),
             "metrics": {name: moments.to_mapping() for name, moments in self.metrics.items()},
             "times": {name: histogram.to_mapping() for name, histogram in self.times.items()},
         }
@@ -90,7 +116,21 @@ class ArmStats:
     def from_mapping(cls, values: Mapping[str, Any]) -> ArmStats:
         """The statistics that `to_mapping` wrote."""
         made = cls()
-        made.requests, made.left, made.units = values["requests"], values["left"], values["units"]
+        made.requests, made.left, made.units_before = values["requests"], values["left"], values["units"]
+        made.senders = _unpacked(values.get("senders", ""))
         made.metrics |= {name: Moments.from_mapping(moments) for name, moments in values["metrics"].items()}
         made.times |= {name: Histogram.from_mapping(counts) for name, counts in values["times"].items()}
         return made
+
+
+def _packed(numbers: set[int]) -> str:
+    """Base64 of four bytes each: half of what a list of them takes in JSON."""
+    return base64.b64encode(struct.pack(f"<{len(numbers)}I", *sorted(numbers))).decode("ascii")
+
+
+def _unpacked(text: str) -> set[int]:
+    """The numbers again. Raises `ValueError` for anything else."""
+    packed = base64.b64decode(text, validate=True)
+    if len(packed) % 4:
+        raise ValueError(f"senders are numbers of 4 bytes, got {len(packed)} bytes")
+    return set(struct.unpack(f"<{len(packed) // 4}I", packed))

@@ -4,6 +4,9 @@ When any of the three changes a new period begins: to add up requests from befor
 mix the hours of the day into the difference between arms (Kohavi, Tang and Xu, "Trustworthy Online Controlled
 Experiments", Cambridge 2020, chapter 3, on Simpson's paradox in ramp-ups). An arm whose first version becomes known
 begins one only where others were measured without it: what it has answered until then came from that version.
+
+Several processes may measure one period, each what it answers itself. What the others have stored is heard, and what is
+reported is all of them together.
 """
 
 from __future__ import annotations
@@ -18,16 +21,25 @@ from typing import Any, Literal
 
 from sihe.core.errors import AlreadyExists, NotFound
 from sihe.serving.gateway.traffic import significance
-from sihe.serving.gateway.traffic.arm_stats import ERROR, LATENCY, LOWER_IS_BETTER, TOKENS, TTFT, ArmStats
+from sihe.serving.gateway.traffic.arm_stats import (
+    BUILT_IN,
+    ERROR,
+    LATENCY,
+    LOWER_IS_BETTER,
+    TOKENS,
+    TTFT,
+    ArmStats,
+)
 from sihe.serving.gateway.traffic.assignment import draw
 from sihe.serving.gateway.traffic.moments import CLUSTERS
 from sihe.serving.gateway.traffic.outcome import Outcome
+from sihe.serving.gateway.traffic.tally import Tally
 from sihe.serving.gateway.traffic.types import STABLE
 
 ALPHA = 0.05
 MISMATCH_ALPHA = 0.001  # for the split itself: an alarm there puts everything else in doubt
 MAX_RECENT = 50_000  # requests that feedback may still come for
-_MAX_UNITS = 100_000  # senders that are told apart; beyond it the split is checked on those so far
+_SENDERS = 2**32  # numbers that senders are told apart by
 
 Verdict = Literal["better", "worse", "differs", "undecided", "few"]
 
@@ -38,6 +50,21 @@ class Split:
 
     weights: Mapping[str, float]
     versions: Mapping[str, int | None]
+
+    def completes(self, former: Split) -> bool:
+        """Whether it differs from `former` at most by versions that were not known there."""
+        return self.weights == former.weights and all(
+            self.versions.get(arm) == version for arm, version in former.versions.items() if version is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A period as the records hold it: its number among those of its deployment, and what it is about."""
+
+    number: int
+    split: Split
+    started_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +124,8 @@ class _Ended:
 
 
 class Experiment:
-    """Thread-safe: engines' threads record while pages and the rollout read."""
+    """What one process measures of a period, and what it has heard of the others' part. Thread-safe: engines' threads
+    record while pages and the rollout read."""
 
     def __init__(self, deployment: str, period: int, split: Split, started_at: datetime) -> None:
         self.deployment = deployment
@@ -105,31 +133,53 @@ class Experiment:
         self.split = split
         self.started_at = started_at
         self._lock = threading.Lock()
-        self._arms = {arm: ArmStats() for arm in split.weights}
-        self._units: set[int] = set()
+        self._own = Tally(split.weights)
+        self._others = Tally()  # replaced whole, never changed
         self._recent: OrderedDict[str, _Ended] = OrderedDict()
-        self._least: dict[str, float] = {}  # the smallest p seen of each comparison: what makes it valid always
         self.changes = 0  # grows with every record: whoever stores the statistics sees whether there is news
 
-    def followed_by(self, split: Split, now: datetime) -> Experiment:
-        """The period that `split` belongs to from `now` on: this one where it changes nothing but that versions become
-        known and no other arm was measured yet, else the next one.
+    def hear(self, others: Tally) -> None:
+        """Takes what the other processes have stored of this period, in the place of what was heard before."""
+        self._others = others
 
-        Whose arm's version becomes known with the next one may still give feedback on what that arm has answered.
-        """
+    def becomes(self, split: Split) -> bool:
+        """Whether this period may go on as one of `split`: nothing changes but that versions become known, and no other
+        arm was measured yet, by anybody who was heard."""
+        known = [arm for arm, version in self.split.versions.items() if version is not None]
         with self._lock:
-            former = self.split
-            new = {arm for arm in split.weights if former.versions.get(arm) is None}
-            known = {arm: version for arm, version in split.versions.items() if arm not in new}
-            is_same = split.weights == former.weights and all(former.versions[arm] == known[arm] for arm in known)
-            if is_same and not any(self._arms[arm].is_measured for arm in known):
-                self.split, self.started_at = split, now
-                self.changes += 1
-                return self
-            following = Experiment(self.deployment, self.period + 1, split, now)
-            kept = new if is_same else set()
-            following._recent.update((id, ended) for id, ended in self._recent.items() if ended.arm in kept)
-            return following
+            is_measured = any(tally.arm(arm).is_measured for arm in known for tally in (self._own, self._others))
+        return split.completes(self.split) and not is_measured
+
+    def place(self, period: Period) -> None:
+        """Makes it that period, which the records have now; what was measured stays."""
+        with self._lock:
+            self.period, self.split, self.started_at = period.number, period.split, period.started_at
+
+    def successor(self, period: Period) -> Experiment:
+        """One for the period that follows, in which nothing was measured yet.
+
+        Feedback is still taken on what arms have answered that are the same there, as far as that is known: all of them
+        where the split is the same, else those whose version has only become known.
+        """
+        made = Experiment(self.deployment, period.number, period.split, period.started_at)
+        kept = {arm for arm in period.split.weights if self.split.versions.get(arm) is None}
+        if period.split == self.split:
+            kept = set(period.split.weights)
+        elif not period.split.completes(self.split):
+            kept = set()
+        with self._lock:
+            made._recent.update((id, ended) for id, ended in self._recent.items() if ended.arm in kept)
+        return made
+
+    def followed_by(self, split: Split, now: datetime) -> Experiment:
+        """The period that `split` belongs to from `now` on, as it is for a process alone: this one where it `becomes`
+        that, else the next one."""
+        if split == self.split:
+            return self
+        if not self.becomes(split):
+            return self.successor(Period(self.period + 1, split, now))
+        self.place(Period(self.period, split, now))
+        return self
 
     def begin(self, request_id: str, arm: str, key: str) -> int:
         """Notes that a request goes to its arm, so that feedback may come for it; the cluster that its values go by."""
@@ -143,13 +193,9 @@ class Experiment:
 
     def record(self, arm: str, outcome: Outcome, cluster: int, key: str) -> None:
         """Takes in a request that has ended."""
+        sender = int(draw(key, salt=self.deployment, name="sender") * _SENDERS)  # the same in every process
         with self._lock:
-            stats = self._arms[arm]
-            stats.record(outcome, cluster)
-            unit = hash(key)
-            if len(self._units) < _MAX_UNITS and unit not in self._units:
-                self._units.add(unit)
-                stats.units += 1
+            self._own.record(arm, outcome, cluster, sender)
             self.changes += 1
 
     def feedback(self, request_id: str, values: Mapping[str, float]) -> str:
@@ -170,7 +216,7 @@ class Experiment:
                     raise AlreadyExists(
                         "feedback", f"{request_id.rpartition('/')[2]} {metric}", hint="each answer is judged once"
                     )
-            arm = self._arms[ended.arm]
+            arm = self._own.arms[ended.arm]
             arm.check(values)  # first: of what comes together all is taken, or nothing
             for metric, value in values.items():
                 arm.add(metric, value, ended.cluster)
@@ -179,79 +225,96 @@ class Experiment:
             return ended.arm
 
     def stats(self, arm: str) -> ArmStats:
-        """A copy of an arm's statistics."""
+        """What all processes have measured of an arm, without its senders."""
+        found = ArmStats()
         with self._lock:
-            return ArmStats.from_mapping(self._arms[arm].to_mapping())
+            found.absorb(self._own.arm(arm), with_senders=False)
+        found.absorb(self._others.arm(arm), with_senders=False)
+        return found
 
     def report(self) -> ExperimentReport:
-        """The arms beside each other, as of now."""
+        """The arms beside each other: as of now in this process, and in the others as they have stored it last, which
+        is some seconds earlier."""
+        split, others = self.split, self._others
         with self._lock:
-            weighted = [arm for arm, weight in self.split.weights.items() if weight > 0]
-            counts = [self._arms[arm].units for arm in weighted]
-            shares = [self.split.weights[arm] for arm in weighted]
-            once = significance.ratio_mismatch(counts, shares).p_value
-            always = self._note("split", significance.ratio_mismatch_always(counts, shares))
-            return ExperimentReport(
-                self.deployment,
-                self.period,
-                self.started_at,
-                once,
-                always,
-                always < MISMATCH_ALPHA,
-                tuple(self._arm(arm, stats) for arm, stats in self._arms.items()),
-            )
+            whole = Tally.sum([self._own])
+        whole.absorb(others)
+        weighted = [arm for arm, weight in split.weights.items() if weight > 0]
+        counts = [whole.arm(arm).units for arm in weighted]
+        shares = [split.weights[arm] for arm in weighted]
+        once = significance.ratio_mismatch(counts, shares).p_value
+        always = _noted(whole, "split", significance.ratio_mismatch_always(counts, shares))
+        report = ExperimentReport(
+            self.deployment,
+            self.period,
+            self.started_at,
+            once,
+            always,
+            always < MISMATCH_ALPHA,
+            tuple(_arm(split, whole, arm) for arm in split.weights),
+        )
+        self._note(whole.least)
+        return report
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values for the records; `restore` takes them back."""
+        """What this process has measured itself, as plain values for the records (a `Tally`)."""
         with self._lock:
-            return {"arms": {arm: stats.to_mapping() for arm, stats in self._arms.items()}, "least": dict(self._least)}
+            return self._own.to_mapping()
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Goes on where another process stopped. Senders are not remembered: those who come again count again."""
+    def _note(self, least: Mapping[str, float]) -> None:
+        """Keeps the smallest p of each comparison, where nobody has seen a smaller one."""
         with self._lock:
-            self._arms |= {arm: ArmStats.from_mapping(stats) for arm, stats in values["arms"].items()}
-            self._least = dict(values["least"])
+            for name, p in least.items():
+                if p < min(self._own.least.get(name, 1.0), self._others.least.get(name, 1.0)):
+                    self._own.least[name] = p
+                    self.changes += 1
 
-    def _arm(self, arm: str, stats: ArmStats) -> ArmReport:
-        latency, ttft = stats.times[LATENCY], stats.times[TTFT]
-        return ArmReport(
-            arm=arm,
-            version=self.split.versions.get(arm),
-            weight=self.split.weights[arm],
-            requests=stats.requests,
-            errors=stats.errors,
-            left=stats.left,
-            latency_p50_s=latency.quantile(0.5),
-            latency_p95_s=latency.quantile(0.95),
-            ttft_p50_s=ttft.quantile(0.5),
-            ttft_p95_s=ttft.quantile(0.95),
-            metrics=tuple(self._metric(arm, name) for name, moments in stats.metrics.items() if moments.count),
-        )
 
-    def _metric(self, arm: str, name: str) -> MetricReport:
-        own, stable = self._arms[arm].metric(name), self._arms[STABLE].metric(name)
-        if arm == STABLE:
-            return MetricReport(name, own.count, own.mean, None, None, None, None, None, None)
-        compare = significance.difference_of_rates if name == ERROR else significance.difference
-        found = compare(stable, own, alpha=ALPHA)
-        if found is None:
-            return MetricReport(name, own.count, own.mean, None, None, None, None, None, "few")
-        always = self._note(f"{arm}/{name}", found.p_always)
-        return MetricReport(
-            name,
-            own.count,
-            own.mean,
-            found.value,
-            found.value - found.radius if math.isfinite(found.radius) else None,
-            found.value + found.radius if math.isfinite(found.radius) else None,
-            found.p_once,
-            always,
-            _verdict(name, found.value, always),
-        )
+def _arm(split: Split, whole: Tally, arm: str) -> ArmReport:
+    stats = whole.arm(arm)
+    latency, ttft = stats.times[LATENCY], stats.times[TTFT]
+    names = [*BUILT_IN, *sorted(stats.metrics.keys() - set(BUILT_IN))]
+    return ArmReport(
+        arm=arm,
+        version=split.versions.get(arm),
+        weight=split.weights[arm],
+        requests=stats.requests,
+        errors=stats.errors,
+        left=stats.left,
+        latency_p50_s=latency.quantile(0.5),
+        latency_p95_s=latency.quantile(0.95),
+        ttft_p50_s=ttft.quantile(0.5),
+        ttft_p95_s=ttft.quantile(0.95),
+        metrics=tuple(_metric(whole, arm, name) for name in names if stats.metric(name).count),
+    )
 
-    def _note(self, name: str, p: float) -> float:
-        self._least[name] = min(p, self._least.get(name, 1.0))
-        return self._least[name]
+
+def _metric(whole: Tally, arm: str, name: str) -> MetricReport:
+    own, stable = whole.arm(arm).metric(name), whole.arm(STABLE).metric(name)
+    if arm == STABLE:
+        return MetricReport(name, own.count, own.mean, None, None, None, None, None, None)
+    compare = significance.difference_of_rates if name == ERROR else significance.difference
+    found = compare(stable, own, alpha=ALPHA)
+    if found is None:
+        return MetricReport(name, own.count, own.mean, None, None, None, None, None, "few")
+    always = _noted(whole, f"{arm}/{name}", found.p_always)
+    return MetricReport(
+        name,
+        own.count,
+        own.mean,
+        found.value,
+        found.value - found.radius if math.isfinite(found.radius) else None,
+        found.value + found.radius if math.isfinite(found.radius) else None,
+        found.p_once,
+        always,
+        _verdict(name, found.value, always),
+    )
+
+
+def _noted(whole: Tally, name: str, p: float) -> float:
+    """The smallest p that was seen of a comparison, now that this one was."""
+    whole.least[name] = min(p, whole.least.get(name, 1.0))
+    return whole.least[name]
 
 
 def _verdict(metric: str, difference: float, p: float) -> Verdict:

@@ -42,6 +42,25 @@ class Moments:
         self._counts[place] += 1
         self._totals[place] += value
 
+    def absorb(self, other: Moments) -> None:
+        """Takes in all values that `other` has seen: what one that had seen both would hold, but for the last digits.
+
+        (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", Stanford
+        STAN-CS-79-773, 1979.)
+        """
+        if other.count == 0:
+            return
+        if self.count == 0:  # exactly the other's, so that nothing changes by being stored and read
+            self.mean, self.squares = other.mean, other.squares
+        else:
+            distance, both = other.mean - self.mean, self.count + other.count
+            self.mean += distance * other.count / both
+            self.squares += other.squares + distance**2 * self.count * other.count / both
+        self.count += other.count
+        for place in range(CLUSTERS):
+            self._counts[place] += other._counts[place]
+            self._totals[place] += other._totals[place]
+
     @property
     def total(self) -> float:
         """The sum of all values."""
@@ -102,6 +121,12 @@ class Histogram:
         place = math.ceil(math.log(max(value, _LEAST_VALUE)) / _LOG_GROWTH)
         self._counts[place] = self._counts.get(place, 0) + 1
         self.count += 1
+
+    def absorb(self, other: Histogram) -> None:
+        """Takes in all values that `other` has seen. Exact."""
+        for place, count in other._counts.items():
+            self._counts[place] = self._counts.get(place, 0) + count
+        self.count += other.count
 
     def quantile(self, share: float) -> float | None:
         """The value that `share` (0 to 1) of the values do not exceed; None where there are no values."""

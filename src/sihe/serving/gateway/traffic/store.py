@@ -1,4 +1,4 @@
-"""Rollouts and measurements in the records database, so that both survive a restart and any process can steer.
+"""Rollouts in the records database, so that they survive a restart and any process can steer.
 
 A rollout moves only from the state and step that its mover saw: of two movers one wins, and the other reads again.
 """
@@ -15,13 +15,11 @@ from sihe.core.clock import Clock
 from sihe.core.errors import AlreadyExists, Busy, InvalidInput, NotFound, UserError
 from sihe.core.records import Records
 from sihe.serving.gateway.settings import from_mapping
-from sihe.serving.gateway.traffic.experiment import Experiment, Split
 from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState
 from sihe.serving.gateway.traffic.types import Arm, TrafficPolicy
-from sihe.serving.tables import deployments, experiments, rollouts
+from sihe.serving.tables import deployments, measurements, periods, reports, rollouts
 
 _ACTIVE = (RolloutState.RUNNING, RolloutState.PAUSED, RolloutState.PROMOTING)
-_KEPT_PERIODS = 20  # of each deployment
 _HISTORY = 20
 
 
@@ -153,46 +151,6 @@ class RolloutStore:
             raise _moved(seen.deployment)
 
 
-class ExperimentStore:
-    """Rows of `sihe_experiments`: one for each period of a deployment, the latest twenty."""
-
-    def __init__(self, records: Records, clock: Clock) -> None:
-        self._records = records
-        self._clock = clock
-
-    def latest(self, deployment: str) -> Experiment | None:
-        """The newest period as it was stored last; None where there is none."""
-        query = select(experiments).where(experiments.c.deployment == deployment)
-        with self._records.snapshot() as connection:
-            row = connection.execute(query.order_by(experiments.c.period.desc()).limit(1)).one_or_none()
-        if row is None:
-            return None
-        found = Experiment(deployment, row.period, Split(**row.split), row.started_at)
-        found.restore(row.statistics)
-        return found
-
-    def save(self, experiment: Experiment) -> None:
-        """Stores a period as it is now."""
-        split = {"weights": dict(experiment.split.weights), "versions": dict(experiment.split.versions)}
-        values: dict[str, Any] = {
-            "split": split,
-            "statistics": experiment.to_mapping(),
-            "started_at": experiment.started_at,
-            "updated_at": self._clock.now(),
-        }
-        key = {"deployment": experiment.deployment, "period": experiment.period}
-        is_it = (experiments.c.deployment == key["deployment"]) & (experiments.c.period == key["period"])
-        with self._records.transaction() as connection:
-            if connection.execute(experiments.update().where(is_it).values(**values)).rowcount == 0:
-                connection.execute(experiments.insert().values(**key, **values))
-            connection.execute(
-                experiments.delete().where(
-                    experiments.c.deployment == experiment.deployment,
-                    experiments.c.period <= experiment.period - _KEPT_PERIODS,
-                )
-            )
-
-
 def change_traffic(connection: Connection, name: str, change: Callable[[TrafficPolicy], TrafficPolicy]) -> None:
     """Rewrites the traffic policy of a deployment inside a transaction. Raises `NotFound`, and what `change` raises."""
     is_it = deployments.c.name == name
@@ -204,8 +162,8 @@ def change_traffic(connection: Connection, name: str, change: Callable[[TrafficP
 
 
 def forget(connection: Connection, name: str) -> None:
-    """Removes what is stored here about a deployment that goes."""
-    for table in (rollouts, experiments):
+    """Removes what is stored about a deployment that goes, but for the wish itself."""
+    for table in (rollouts, reports, measurements, periods):
         connection.execute(table.delete().where(table.c.deployment == name))
 
 
