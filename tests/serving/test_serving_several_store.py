@@ -133,6 +133,8 @@ def test_what_processes_say_is_shown_together(store: DeploymentStore, clock: Fak
     assert (found.version, found.wanted, found.error) == (1, 2, "no memory"), "some callers are answered by the old one"
     store.report(replace(ready, version=2), process="srv_b")
     assert store.reported("chat").version == 2
+    store.report(replace(ready, state=DeploymentState.FAILED, version=1), process="srv_b")
+    assert store.reported("chat").version == 2, "of those that are able to answer"
 
 
 def test_the_process_that_asks_speaks_for_itself(store: DeploymentStore) -> None:

@@ -209,7 +209,8 @@ class Experiment:
                 raise NotFound(
                     "request",
                     request_id.rpartition("/")[2],
-                    hint=f"feedback is taken for the last {MAX_RECENT} requests since arms or weights last changed",
+                    hint=f"feedback is taken for the last {MAX_RECENT} requests since arms or weights last changed, by "
+                    "the process that has answered",
                 )
             for metric in values:
                 if metric in ended.given:
