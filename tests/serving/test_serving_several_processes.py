@@ -35,13 +35,13 @@ class Process:
     """A gateway that looks only when it is told to, behind a server."""
 
     gateway: Gateway
-    url: str
+    client: httpx.Client
 
     def ask(self, session: str, value: float = 4.0) -> str:
         """The arm that answers."""
         body = {"inputs": [{"name": "input", "shape": [1, 1], "datatype": "FP64", "data": [value]}]}
         headers = {"x-sihe-session": session}
-        response = httpx.post(f"{self.url}/v2/models/line/infer", json=body, headers=headers, timeout=30)
+        response = self.client.post("/v2/models/line/infer", json=body, headers=headers)
         assert response.status_code == 200, response.text
         return response.headers["x-sihe-arm"]
 
@@ -111,7 +111,8 @@ def two(home: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
             app = FastAPI()
             app.include_router(router(gateway))
             install_errors(app)
-            processes.append(Process(gateway, stack.enter_context(serving(app))))
+            url = stack.enter_context(serving(app))
+            processes.append(Process(gateway, stack.enter_context(httpx.Client(base_url=url, timeout=30))))
         for process in processes:
             process.gateway.wait_ready("line", timeout_s=60)
             process.look(reports=True)
