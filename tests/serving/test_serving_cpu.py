@@ -222,6 +222,19 @@ def test_what_lies_behind_a_sequence_is_not_read(pages: torch.dtype) -> None:
         assert torch.equal(fed(compute, tokens, [0, 1], [3, 20]), expected)
 
 
+def test_what_a_step_is_told_grows_and_shrinks_with_it() -> None:
+    """More sequences, longer ones and more tokens than ever before, then one alone again, where others' numbers lie."""
+    with computing(decoder(LLAMA), blocks=80) as compute:
+        alone = compute.forward(Step.of([Feed([1, 2, 3], 0, [70])])).clone()
+        tokens = some_tokens(200)
+        long = compute.forward(Step.of([Feed(tokens, 0, list(range(13)))])).clone()
+        many = [Feed([1, 2, 3], 0, [row]) for row in range(60)]
+        both = compute.forward(Step.of([*many, Feed(tokens, 0, list(range(60, 73)))]))
+        assert torch.equal(both[:60], alone.expand(60, -1))
+        assert torch.equal(both[60:], long)
+        assert torch.equal(compute.forward(Step.of([Feed([1, 2, 3], 0, [79])])), alone)
+
+
 @pytest.mark.parametrize(
     "feed",
     [

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sihe.serving.engine.detokenizer import StopFilter
 from sihe.serving.engine.grammar import Grammar
 from sihe.serving.engine.history import TokenHistory
@@ -62,6 +65,8 @@ class Answer:
         shown = MARKERS[tokenizer.templates.tool_format] if self._parser is not None else ()
         self._decoder = tokenizer.decoder(shown)
         self._grammar = _grammar(request, tokenizer, vocab_size)
+        changes = request.temperature > 0 or request.min_tokens > 0 or self._history or self._grammar
+        self._always = None if changes else self._draw(0)  # the likeliest token is chosen alike at every position
 
     @property
     def count(self) -> int:
@@ -70,29 +75,32 @@ class Answer:
 
     def draws(self, drafted: Sequence[int] = ()) -> tuple[Draw, ...]:
         """How the next token is chosen; and, with `drafted`, for each of them the one after it if it should come."""
+        if self._always is not None:
+            return (self._always,) * (len(drafted) + 1)
         masks = None
         if self._grammar is not None:
             try:
                 masks = self._grammar.masks(drafted)
             except BadConstraint as error:
                 self.failure = error
-        request = self.request
-        return tuple(
-            Draw(
-                temperature=request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-                seed=self._seed,
-                position=self._count + at,
-                logprobs=request.logprobs,
-                min_p=request.min_p,
-                history=self._history,
-                drafted=tuple(drafted[:at]) if self._history is not None else (),
-                bias=request.logit_bias,
-                banned=self._ends if self._count + at < request.min_tokens else (),
-                mask=None if masks is None else masks[at],
-            )
-            for at in range(len(drafted) + 1)
+        return tuple(self._draw(at, drafted, None if masks is None else masks[at]) for at in range(len(drafted) + 1))
+
+    def _draw(self, at: int, drafted: Sequence[int] = (), mask: NDArray[np.int32] | None = None) -> Draw:
+        """How the token after the first `at` of `drafted` is chosen."""
+        request, position = self.request, self._count + at
+        return Draw(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=self._seed,
+            position=position,
+            logprobs=request.logprobs,
+            min_p=request.min_p,
+            history=self._history,
+            drafted=tuple(drafted[:at]) if self._history is not None else (),
+            bias=request.logit_bias,
+            banned=self._ends if position < request.min_tokens else (),
+            mask=mask,
         )
 
     def read(self, token: int) -> Said:

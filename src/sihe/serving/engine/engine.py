@@ -24,6 +24,7 @@ from sihe.serving.engine.answer import Answer
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.draft import load_proposer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
+from sihe.serving.engine.memory import collect_garbage_once
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
 from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.runner import ModelRunner
@@ -112,6 +113,7 @@ class Engine:
         except BaseException:
             engine.close(drain=False)
             raise
+        collect_garbage_once()
         return engine
 
     # ---- the caller's side ------------------------------------------------------------------------------------------

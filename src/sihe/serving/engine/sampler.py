@@ -193,8 +193,11 @@ def _ban(row_V: Tensor, draw: Draw) -> None:
 
 def _random(best_B: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Rows whose token is drawn; the largest stands for a row that has no distribution, as of an extreme penalty."""
+    rows = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    if not rows:
+        return []
     finite = torch.isfinite(best_B).tolist()
-    return [row for row, draw in enumerate(draws) if draw.temperature > 0 and finite[row]]
+    return [row for row in rows if finite[row]]
 
 
 def _drawn(logits_BV: Tensor, best_B: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:

@@ -120,13 +120,11 @@ def multiply_panels(
         top, end = end, end + block
         if row + rows - end < block // 2:  # a rest is not worth reading all panels for
             end = row + rows
-        # The first tile of a panel fetches it; the other high ones share out the fetching of the next one.
-        sharing = (end - top + tallest // 3) // tallest - 1
+        height = end - top
         for panel in range(first, last):
             next_at, next_bytes = weights + (panel + 1) * panel_s, panel_s
             if panel == last - 1:
                 next_at, next_bytes = (then, then_bytes) if end == row + rows else (weights + first * panel_s, panel_s)
-            stride = -(-_STEP_BYTES * next_bytes // (panel_s * sharing)) if sharing > 0 else _STEP_BYTES
             w, b, out, sc = (
                 weights + panel * panel_s,
                 bias + panel * 4 * PANEL,
@@ -136,6 +134,9 @@ def multiply_panels(
             at, ahead, ahead_s = top, w + _AHEAD_BYTES, _STEP_BYTES
             while at < end:
                 left, begun = end - at, at
+                if height > tallest:  # tiles share the fetching of the next panel by their rows, and memory never rests
+                    ahead = next_at + (at - top) * next_bytes // height
+                    ahead_s = -(-_STEP_BYTES * next_bytes * min(left, tallest) // (panel_s * height))
                 xa, ya = x + at * x_s, scratch if is_gated else out + at * y_s
                 if kind == 0:
                     if left >= 12:
@@ -202,9 +203,6 @@ def multiply_panels(
                         at += 1
                 if is_gated:
                     _gate(scratch, y + panel * 2 * PANEL + begun * op[11], op[11], at - begun)
-                if sharing > 0:
-                    ahead = next_at + ((at - top) // tallest - 1) * next_bytes // sharing
-                    ahead_s = stride
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ class Team:
 
     def run(self, ops: Longs, step: Longs) -> None:
         """Computes the operations of `ops` [n, WIDTH] in order, with what `step` says of this step."""
-        self._wait_for_helpers()  # of the step before, which may still be on their way out
+        self.settle()
         lines = 2 * _LINE * len(ops)
         if len(self._counters) < lines:
             self._counters = np.zeros(lines, np.int64)
@@ -209,21 +209,22 @@ class Team:
         self._runs += 1
         _work(shared.ctypes.data, self._semaphores.ctypes.data, self.threads - 1, self._scratch[0].ctypes.data)
 
+    def settle(self) -> None:
+        """Waits for helpers that are still on their way out of the last run, and read what it was given."""
+        if self._runs:
+            _wait_until(self._shared.ctypes.data + 8 * _LEFT, self.threads - 1)
+
     def close(self) -> None:
         """Ends the helpers. Safe to call again."""
         if not self._helpers:
             return
-        self._wait_for_helpers()
+        self.settle()
         libc = ctypes.CDLL(None)
         self._shared[_RUN] = _STOP  # one number: on ARM two could be seen in the other order
         for helper, thread in enumerate(self._helpers):
             libc.sem_post(ctypes.c_void_p(self._semaphore(helper)))
             thread.join()
         self._helpers = []
-
-    def _wait_for_helpers(self) -> None:
-        if self._runs:
-            _wait_until(self._shared.ctypes.data + 8 * _LEFT, self.threads - 1)
 
     def _semaphore(self, helper: int) -> int:
         return self._semaphores.ctypes.data + helper * _SEMAPHORE_BYTES
