@@ -253,7 +253,7 @@ def test_a_dead_engine_tells_its_readers_and_its_callers(engine: Engine, monkeyp
     stream = engine.submit(GenerationRequest(prompt=(5,), max_tokens=100))
     stream.next_event(30)
 
-    def broken(drafts: object) -> None:
+    def broken(*_: object) -> None:
         raise MemoryError("the scheduler is gone")
 
     monkeypatch.setattr(engine._scheduler, "plan", broken)

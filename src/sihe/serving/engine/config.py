@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -27,8 +28,9 @@ class EngineConfig:
     once where it does not hold them. Its memory is the system's until tokens touch it, which costs the requests that do
     (in a virtual machine, whose host finds memory late as well, up to a fifth of reading a prompt); with
     `reserve_cache` it is taken when the engine loads, which then takes longer. `token_budget` bounds the tokens of one
-    step: every running sequence decodes one, and prompts are read in chunks within what remains, so it bounds how long
-    a long prompt can delay everyone else's next token. `compile` is for models that torch computes: what lies between
+    step: every running sequence decodes one, and prompts are read in chunks within what remains. While somebody decodes
+    chunks are also such that a step takes about `target_step_s` seconds: so long can a long prompt delay everyone
+    else's next token, however slow the model is. `compile` is for models that torch computes: what lies between
     their attention layers goes through `torch.compile` while the engine warms up, which needs a compiler; steps with
     adapters and the draft model do without.
 
@@ -47,6 +49,7 @@ class EngineConfig:
     max_batch_size: int = 32
     max_context: int | None = None
     token_budget: int = 512
+    target_step_s: float = 0.5
     kv_cache_bytes: int | None = None
     reserve_cache: bool = False
     compile: bool = False
@@ -82,6 +85,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
+        target_s = self.target_step_s
+        if isinstance(target_s, bool) or not isinstance(target_s, int | float) or not 0 < target_s < math.inf:
+            raise ConfigError(f"target_step_s is a number of seconds above 0, got {target_s!r}", key="target_step_s")
         for name in ("reserve_cache", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is true or false, got {getattr(self, name)!r}", key=name)

@@ -25,6 +25,7 @@ from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.draft import load_proposer
 from sihe.serving.engine.kv.blocks import BLOCK_TOKENS, BlockPool, BlockTable, chain, root_key
 from sihe.serving.engine.memory import collect_garbage_once
+from sihe.serving.engine.pace import Pace
 from sihe.serving.engine.ports import EngineObserver, NoObserver, Outcome, StepStats
 from sihe.serving.engine.prompt_index import PromptIndex
 from sihe.serving.engine.runner import ModelRunner
@@ -69,6 +70,7 @@ class Engine:
         self._log = logger("serving").bind(engine=name)
         self._pool = BlockPool(runner.num_blocks)
         self._scheduler = Scheduler(self._pool, max_running=config.max_batch_size, token_budget=config.token_budget)
+        self._pace = Pace(config.target_step_s)
         self._secret = secrets.token_bytes(16)  # goes into the keys of blocks: nobody can compute them elsewhere
         self._speculation = (
             None if proposer is None else Speculation(proposer, most=config.draft_tokens, clock=self._clock)
@@ -322,7 +324,7 @@ class Engine:
         return bool(self._sequences) or not self._life.is_closing
 
     def _step(self) -> None:
-        plan = self._scheduler.plan(self._drafts())
+        plan = self._scheduler.plan(self._drafts(), self._pace.tokens)
         if not plan:
             return
         started_s = self._clock.monotonic_s()
@@ -333,15 +335,17 @@ class Engine:
         wakes: list[Wake] = []
         accepted = self._compute(works, wakes)
         wake_readers(wakes)
+        step_s, prompt_tokens = self._clock.monotonic_s() - begun_s, plan.num_tokens - len(plan.decode)
+        self._pace.add_step(prompt_tokens, step_s)
         drafted = sum(len(proposal.tokens) for proposal in proposals.values())
         if self._speculation is not None and not plan.prefill:
-            self._speculation.add_step(plan.num_tokens + drafted, self._clock.monotonic_s() - begun_s)
+            self._speculation.add_step(plan.num_tokens + drafted, step_s)
         pool = self._pool
         self._observer.on_step(
             StepStats(
                 duration_s=self._clock.monotonic_s() - started_s,
                 decode_tokens=len(plan.decode),
-                prefill_tokens=plan.num_tokens - len(plan.decode),
+                prefill_tokens=prompt_tokens,
                 running=self._scheduler.num_running,
                 waiting=self._scheduler.num_waiting,
                 kv_used_tokens=pool.num_used * BLOCK_TOKENS,

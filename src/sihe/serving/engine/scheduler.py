@@ -6,8 +6,9 @@ One budget of tokens a step is shared:
 
 1. Every sequence that lacks one token decodes. A long prompt can therefore never stall another sequence's next token
    by more than one step, and a step's length is bounded by the budget.
-2. What remains reads prompts in chunks: of the sequences in the batch and of those that wait, whoever's tenant has had
-   least service first, then whoever came first (`fairness`).
+2. What remains reads prompts in chunks, shorter ones where the model is slow and somebody decodes (`pace`): of the
+   sequences in the batch and of those that wait, whoever's tenant has had least service first, then whoever came first
+   (`fairness`).
 3. Where no prompt is read, decoding sequences may try drafts of further tokens (`speculation`).
 
 (Mixing decode with chunks of prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024, arXiv:2403.02310.)
@@ -174,8 +175,12 @@ class Scheduler:
         if entry.is_reading and entry.pending <= 1:
             self._end_reading(entry)
 
-    def plan(self, drafts: Mapping[int, int] | None = None) -> StepPlan:
-        """The next step; empty (false) when there is nothing to do. `drafts` are tries that a sequence would like."""
+    def plan(self, drafts: Mapping[int, int] | None = None, prompt_tokens: int | None = None) -> StepPlan:
+        """The next step; empty (false) when there is nothing to do.
+
+        `drafts` are tries that a sequence would like. Beside those that decode `prompt_tokens` of prompts are read at
+        most.
+        """
         draft = _Draft(self.token_budget)
         at = 0
         while at < len(self._running):  # whoever is preempted meanwhile goes from the end
@@ -184,7 +189,10 @@ class Scheduler:
                 draft.decode[entry.place.id] = Chunk(entry.place.id, entry.computed, 1, last=True)
                 draft.budget -= 1
             at += 1
+        kept = 0 if prompt_tokens is None or not draft.decode else max(0, draft.budget - prompt_tokens)
+        draft.budget -= kept
         self._plan_prefill(draft)
+        draft.budget += kept
         if drafts and not draft.prefill:  # a step that reads a prompt is bound by arithmetic: tries would cost
             self._plan_drafts(draft, drafts)
         if self._entries and not (draft.decode or draft.prefill):

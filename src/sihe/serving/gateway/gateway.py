@@ -165,9 +165,13 @@ class Gateway:
         return tuple(self._live_status(live) for _, live in sorted(self._live.items()))
 
     def wait_ready(self, name: str, *, timeout_s: float = 120.0) -> DeploymentStatus:
-        """Blocks until `name` serves what is wanted. Raises what prevents it, or `Busy` after `timeout_s`."""
+        """Blocks until this process serves what is wanted of `name`; what it serves then, whatever others do.
+
+        Raises what prevents it, or `Busy` after `timeout_s`.
+        """
         self.route(name).wait_settled(timeout_s)
-        return self.status(name)
+        live = self._live.get(name)
+        return self._live_status(live) if live is not None else self.status(name)
 
     def generate(
         self,
