@@ -51,7 +51,7 @@ class CpuCompute:
         self._adapters = AdapterTables(self._config, self._weights, max_adapters)
         self._team = Team(threads or cores())
         self._program = self._sized(_ROWS, _WANTED)
-        self._sheet = self._sheet_of(_WANTED, 1)
+        self._sheet = self._sheet_of(self._program, _WANTED, 1)
         self._thread: int | None = None
 
     @property
@@ -66,8 +66,7 @@ class CpuCompute:
             keep_torch_to_one_thread()
         tokens, wanted = len(step.tokens), int(step.logits.sum())
         self._team.settle()  # before what the last step was told is overwritten
-        sheet = self._fitting(tokens, wanted, *step.tables.shape)
-        program = self._program
+        program, sheet = self._fitting(tokens, wanted, *step.tables.shape)
         self._team.run(program.ops, sheet.fill(step))
         return torch.from_numpy(program.logits.data)[:wanted, : self._config.vocab_size]
 
@@ -80,7 +79,7 @@ class CpuCompute:
         self._team.settle()
         self._weights = Weights(model, *self._kinds, keep=True, interleaved=self._interleaved)
         self._program = self._sized(self._program.rows, self._program.wanted)
-        self._sheet = self._sheet_of(self._sheet.feeds, self._sheet.blocks)
+        self._sheet = self._sheet_of(self._program, self._sheet.feeds, self._sheet.blocks)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -89,19 +88,18 @@ class CpuCompute:
     def _sized(self, rows: int, wanted: int) -> Program:
         return Program(self._config, self._weights, self._pages, self._adapters, rows=rows, wanted=wanted)
 
-    def _fitting(self, tokens: int, wanted: int, feeds: int, blocks: int) -> Sheet:
+    def _fitting(self, tokens: int, wanted: int, feeds: int, blocks: int) -> tuple[Program, Sheet]:
         """A program and a sheet for it that are large enough; both grow with the steps."""
         program, sheet = self._program, self._sheet
         if tokens > program.rows or wanted > program.wanted:
-            rows, most = max(_doubled(tokens), program.rows), max(_doubled(wanted), program.wanted)
-            self._program = self._sized(rows, most)
-        if self._program is not program or feeds > sheet.feeds or blocks > sheet.blocks:
-            feeds, blocks = max(_doubled(feeds), sheet.feeds), max(_doubled(blocks), sheet.blocks)
-            self._sheet = self._sheet_of(feeds, blocks)
-        return self._sheet
+            program = self._sized(max(_doubled(tokens), program.rows), max(_doubled(wanted), program.wanted))
+        if program is not self._program or feeds > sheet.feeds or blocks > sheet.blocks:
+            sheet = self._sheet_of(program, max(_doubled(feeds), sheet.feeds), max(_doubled(blocks), sheet.blocks))
+        self._program, self._sheet = program, sheet  # both or, where memory is short, neither
+        return program, sheet
 
-    def _sheet_of(self, feeds: int, blocks: int) -> Sheet:
-        return Sheet(self._config, self._pages, self._program, feeds=feeds, blocks=blocks)
+    def _sheet_of(self, program: Program, feeds: int, blocks: int) -> Sheet:
+        return Sheet(self._config, self._pages, program, feeds=feeds, blocks=blocks)
 
 
 def _doubled(size: int) -> int:
