@@ -12,12 +12,14 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from sihe.core import settings
+from sihe.core.records import Records
 from sihe.core.workspace import Workspace
 from sihe.serving.api import install_errors, router
 from sihe.serving.engine.config import EngineConfig
 from sihe.serving.engine.encoder.engine import EncoderEngine
 from sihe.serving.engine.engine import Engine
 from sihe.serving.gateway.gateway import Gateway
+from support.debian import postgres_server
 from support.encoding import SETTINGS
 from support.http_server import serving
 from support.tiny_encoders import tiny_embedder, tiny_reranker
@@ -59,6 +61,32 @@ def embedder(embedder_folder: Path) -> Iterator[EncoderEngine]:
 def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncoderEngine]:
     with EncoderEngine.load(tiny_reranker(tmp_path_factory.mktemp("reranker")), SETTINGS) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="module")
+def postgres_url() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
+    """A database without tables on each backend."""
+    if request.param == "sqlite":
+        opened = Records(f"sqlite:///{tmp_path / 'records.db'}")
+    else:
+        opened = Records(request.getfixturevalue("postgres_url"))
+        with opened.engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def records(empty: Records) -> Records:
+    """The same with all tables."""
+    empty.migrate()
+    return empty
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_a_slow_model_reads_a_long_prompt_in_steps_of_half_a_second(
     assert (0, 250) in steps.tokens, "nobody else waits"
 
 
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "fast", True])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 1e308, "fast", True])
 def test_the_seconds_of_a_step_are_a_number(value: object) -> None:
     with pytest.raises(ConfigError, match="target_step_s") as raised:
         EngineConfig.from_mapping({"target_step_s": value})

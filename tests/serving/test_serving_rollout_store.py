@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -21,29 +19,8 @@ from sihe.serving.gateway.traffic.rollout import Plan, Rollout, RolloutState, St
 from sihe.serving.gateway.traffic.store import RolloutStore
 from sihe.serving.gateway.traffic.types import Arm
 from sihe.serving.tables import rollouts
-from support.debian import postgres_server
 
 PLAN = Plan(steps=(Step(0.1), Step(0.5)))
-
-
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
-    """A fresh database on each backend."""
-    if request.param == "sqlite":
-        opened = Records(f"sqlite:///{tmp_path / 'records.db'}")
-    else:
-        opened = Records(request.getfixturevalue("postgres_url"))
-        with opened.engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

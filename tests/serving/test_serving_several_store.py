@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,35 +30,9 @@ from sihe.serving.gateway.traffic.shadow import ShadowReport
 from sihe.serving.gateway.traffic.types import ArmStatus, Shadow
 from sihe.serving.gateway.types import DeploymentState, DeploymentStatus
 from sihe.serving.tables import measurements, periods, reports
-from support.debian import postgres_server
 
 SPLIT = Split({"stable": 0.5, "b": 0.5}, {"stable": 1, "b": None})
 DONE = Outcome("finished", "stop", None, 3, 4, 0.1, 0.2)
-
-
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
-    """A database without tables on each backend."""
-    if request.param == "sqlite":
-        opened = Records(f"sqlite:///{tmp_path / 'records.db'}")
-    else:
-        opened = Records(request.getfixturevalue("postgres_url"))
-        with opened.engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def records(empty: Records) -> Records:
-    empty.migrate()
-    return empty
 
 
 @pytest.fixture

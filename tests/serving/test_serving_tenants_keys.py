@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import traceback
-from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,32 +19,8 @@ from sihe.serving.tenants.directory import STALE_AFTER_S, Directory
 from sihe.serving.tenants.secret import digest, is_match, new_secret, public_id, session_of
 from sihe.serving.tenants.store import TenantStore
 from sihe.serving.tenants.types import ANYBODY, Limits, Right, Tenant
-from support.debian import postgres_server
 
 FORM = re.compile(r"sihe_[0-9a-hjkmnp-tv-z]{12}_[A-Za-z0-9_-]{43}")  # the one that secret.py gives to scanners
-
-
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
-    url = f"sqlite:///{tmp_path / 'records.db'}"
-    if request.param == "postgresql":
-        import psycopg
-
-        server: str = request.getfixturevalue("postgres_url")
-        name = f"t{abs(hash(str(tmp_path))):x}"
-        with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
-        url = server.rpartition("/")[0] + f"/{name}"
-    opened = Records(url)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

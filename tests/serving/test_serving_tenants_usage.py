@@ -21,16 +21,10 @@ from sihe.serving.tenants.ledger import Ledger
 from sihe.serving.tenants.limits import Scope
 from sihe.serving.tenants.metrics import MAX_TENANT_LABELS, OTHERS, TenantMetrics
 from sihe.serving.tenants.usage import Account, Tally, UsageStore
-from support.debian import postgres_server, wait_until
+from support.debian import wait_until
 
 DAY = date(2026, 1, 1)  # the fake clock's
 ONE = Tally(1, 0, 10, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ DType = Literal["auto", "bfloat16", "float32", "int8", "int4"]
 KvDType = Literal["auto", "bfloat16", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 SpeculationKind = Literal["none", "ngram", "draft"]
+_MAX_STEP_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,11 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", key=name)
         target_s = self.target_step_s
-        if isinstance(target_s, bool) or not isinstance(target_s, int | float) or not 0 < target_s < math.inf:
-            raise ConfigError(f"target_step_s is a number of seconds above 0, got {target_s!r}", key="target_step_s")
+        if isinstance(target_s, bool) or not isinstance(target_s, int | float) or not 0 < target_s <= _MAX_STEP_S:
+            raise ConfigError(
+                f"target_step_s is a number of seconds above 0, {_MAX_STEP_S:,} at most, got {target_s!r}",
+                key="target_step_s",
+            )
         for name in ("reserve_cache", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is true or false, got {getattr(self, name)!r}", key=name)
