@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import sys
 import threading
@@ -22,7 +23,7 @@ from sihe.models.config import ModelConfig
 from sihe.models.decoder import Decoder
 from sihe.serving.engine.compute.cpu import draws, team
 from sihe.serving.engine.compute.cpu.compute import CpuCompute
-from sihe.serving.engine.compute.cpu.kernels import Kind
+from sihe.serving.engine.compute.cpu.kernels import Code, Kind
 from sihe.serving.engine.compute.cpu.layout import lay_out
 from sihe.serving.engine.compute.cpu.support import WeightKind
 from sihe.serving.engine.compute.cpu.team import SOURCES, _work
@@ -65,6 +66,7 @@ MODELS = {
     "qwen3": like(attention=AttentionConfig(qk_norm=True), head_dim=16),
     "window": like(attention=AttentionConfig(window=7)),
     "long window": like(attention=AttentionConfig(window=70)),
+    "whole panels": like(num_heads=4, num_kv_heads=2, head_dim=16),
     "scaled": like(positions=PositionConfig(scaling=RopeScaling("llama3", 8.0, 32))),
     "gpt2": GPT2,
     # Rows of the last product so long that 140 of them are several blocks of the second cache.
@@ -169,6 +171,37 @@ def test_blocks_of_rows_change_no_bit(name: str, kind: WeightKind) -> None:
         assert torch.equal(fed(compute, tokens, blocks, [150, 300, 450]), whole)
     with computing(model, kind, threads=1) as alone:
         assert torch.equal(fed(alone, tokens, blocks), whole)
+
+
+def _projected(compute: CpuCompute) -> np.ndarray:
+    """What the last product of queries, keys and values has written."""
+    program = compute._program
+    address, stride = (int(number) for number in program.ops[program.ops[:, 0] == Code.PLACE][-1, 2:4])
+    numbers = (ctypes.c_float * (program.rows * stride // 4)).from_address(address)
+    return np.ctypeslib.as_array(numbers).reshape(program.rows, -1)[:, :128]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("wanted", [(1, 1), (0, 70), (1, 0)])
+def test_queries_that_nobody_reads_are_spared(wanted: tuple[int, int], kind: WeightKind) -> None:
+    config = dataclasses.replace(MODELS["whole panels"], max_positions=512, num_layers=1)
+    tokens, others = some_tokens(420), some_tokens(90)
+    with computing(decoder(config), kind, blocks=80) as compute:
+
+        def logits(first: int, second: int) -> tuple[torch.Tensor, torch.Tensor]:
+            feeds = [Feed(tokens, 0, range(30), num_logits=first), Feed(others, 0, range(40, 50), num_logits=second)]
+            rows = compute.forward(Step.of(feeds)).clone()
+            return rows[:first], rows[first:]
+
+        every = logits(len(tokens), len(others))
+        projected = _projected(compute)
+        projected[:] = np.nan
+        for some, all_of, count in zip(logits(*wanted), every, wanted, strict=True):
+            assert torch.equal(some, all_of[len(all_of) - count :])
+        heads = np.isnan(projected[: len(tokens) + len(others)].reshape(-1, 2, 64))  # two queries of 16, a key, a value
+        assert not heads[:, :, 32:].any()
+        assert heads[:, :, :32].all(axis=(1, 2)).sum() > 200, "blocks of rows of which none is wanted have queries"
+        assert logits(len(tokens), len(others))[0].equal(every[0])
 
 
 @pytest.mark.parametrize("kind", list(Kind))

@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import njit
 
-from sihe.core.simd import int64_at
+from sihe.core.simd import int32_at, int64_at
 from sihe.serving.engine.compute.cpu.kernels import Code
 from sihe.serving.engine.compute.cpu.tiles import ROWS
 
@@ -103,6 +103,20 @@ def part_of_product(op: Any, step: Any, chunk: int, threads: int) -> tuple[int, 
         return first, last, begin, end, op[5] + first * op[6], op[6]
     following = int64_at(op[18])
     return first, last, begin, end, following[5], following[6]
+
+
+@_pure
+def is_wanted(step: Any, begin: int, end: int) -> bool:
+    """Whether one of the rows `begin` .. `end` - 1 is of a token whose logits are wanted."""
+    wanted = int32_at(step[20])
+    low, high = 0, step[1]
+    while low < high:  # the first wanted row from `begin` on
+        middle = (low + high) // 2
+        if wanted[middle] < begin:
+            low = middle + 1
+        else:
+            high = middle
+    return low < step[1] and wanted[low] < end
 
 
 @_pure

@@ -27,15 +27,16 @@ from sihe.serving.engine.compute.cpu.tiles import (
     quantise_tile,
 )
 
-WIDTH = 24
+WIDTH = 26
 """Numbers of one operation."""
 
 
-STEP_WIDTH = 20
+STEP_WIDTH = 21
 """Numbers of one step: T, O, feeds, then addresses of tokens, positions, feed of each token, starts, lengths, pages of
 keys [F, B] (offset of each in bytes), of values, B, then for all tokens and for the wanted ones each: how many tasks of
 attention (11, 12), the tasks [n, 3] (feed, first row, rows; 13, 14), the row of each feed's first token (15, 16); at
-last the adapter of each feed (17), the feed of each wanted token (18), and how many experts a token chooses (19)."""
+last the adapter of each feed (17), the feed of each wanted token (18), how many experts a token chooses (19), and the
+wanted tokens, in order (20)."""
 
 
 class Code(IntEnum):
@@ -104,7 +105,8 @@ def multiply_panels(
 
     op: code, which rows, kind, x, its S, weights, bytes of a panel, steps, panels, bias, y, its S, add, scales, bytes
     of a panel's scales, x scales, x sums, their S, the next product's op (0: none), experts (0: dense), offsets of the
-    experts' rows, bytes of an expert's weights, of its scales, whether panels are gated.
+    experts' rows, bytes of an expert's weights, of its scales, whether panels are gated, panels of a KV head (0: all
+    are needed of all rows), and how many of these, the first ones, are read of wanted tokens only.
     scratch: a tile's results [12, 32], float32.
     """
     kind, x, x_s, weights, panel_s, steps = op[2], op[3], op[4], op[5], op[6], op[7]

@@ -44,7 +44,7 @@ class Sheet:
             (
                 0, 0, 0, rows[_TOKEN], rows[_POSITION], rows[_FEED], of_feeds[_START], of_feeds[_LENGTH], *places,
                 self.blocks, 0, 0, *tasks, of_feeds[_FIRST], of_feeds[_FIRST_WANTED], of_feeds[_ADAPTER], wanted[1],
-                program.choices,
+                program.choices, wanted[0],
             ),
             np.int64,
         )  # fmt: skip

@@ -102,10 +102,11 @@ class Program:
         which = TOKENS
         for index, layer in enumerate(weights.layers):
             self._normalise(TOKENS, layer.attention_norm, stream, normed, layer.qkv)
-            self._multiply(TOKENS, layer.qkv, normed, projected)
+            is_last = index == len(weights.layers) - 1
+            self._multiply(TOKENS, layer.qkv, normed, projected, spared=self._query_panels if is_last else (0, 0))
             self._adapt(TOKENS, index, 0, normed, config.hidden_size, projected)
             self._place(index, layer, projected, queries)
-            if index == len(weights.layers) - 1:  # nobody reads what the other tokens would become from here on
+            if is_last:  # nobody reads what the other tokens would become from here on
                 which, stream = WANTED, self._gathered(stream)
             self._attend(which, index, queries, mixed)
             if layer.out.is_quantised:
@@ -159,6 +160,7 @@ class Program:
         add: bool = False,
         offsets: int = 0,
         gated: bool = False,
+        spared: tuple[int, int] = (0, 0),
     ) -> None:
         source = x.codes if matrix.is_quantised else x.exact
         stack = len(matrix.panels)
@@ -169,6 +171,7 @@ class Program:
             self._at(matrix.scales), matrix.scales[0, 0].nbytes if matrix.is_quantised else 0,
             self._at(x.scales), self._at(x.sums), 4 * matrix.groups, 0,
             stack if offsets else 0, offsets, matrix.panels[0].nbytes, matrix.scales[0].nbytes, int(gated),
+            *spared,
         )  # fmt: skip
 
     def _adapt(self, which: int, layer: int, product: int, x: _Input, inputs: int, y: _Buffer) -> None:
@@ -200,6 +203,14 @@ class Program:
         """K, G, H."""
         config = self._config
         return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+
+    @property
+    def _query_panels(self) -> tuple[int, int]:
+        """Panels of a KV head with its queries, and how many hold only these; zeros where queries share a panel."""
+        _, group, size = self._heads
+        if group * size % PANEL or 2 * size % PANEL:
+            return 0, 0
+        return (group + 2) * size // PANEL, group * size // PANEL
 
     def _pages_of(self, layer: int) -> tuple[int, ...]:
         """Kind, the layer's keys, bytes of a head, its values, bytes of a head, bytes of a token's values."""

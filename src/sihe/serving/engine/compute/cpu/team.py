@@ -33,7 +33,14 @@ from sihe.core.simd import (
 )
 from sihe.serving.engine.compute.cpu import attention, attention_tiles, chunks, kernels, tiles
 from sihe.serving.engine.compute.cpu.attention import attend, place
-from sihe.serving.engine.compute.cpu.chunks import chunks_of, panel_chunks, part_of_product, rows_of, rows_of_chunk
+from sihe.serving.engine.compute.cpu.chunks import (
+    chunks_of,
+    is_wanted,
+    panel_chunks,
+    part_of_product,
+    rows_of,
+    rows_of_chunk,
+)
 from sihe.serving.engine.compute.cpu.kernels import (
     STEP_WIDTH,
     WIDTH,
@@ -78,11 +85,25 @@ _wait_until = _waiting(digest_of(simd))
 
 
 @njit(nogil=True, error_model="numpy")
+def _multiply(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
+    """A dense product's chunk. Where the columns are queries, keys and values of the last layer and no row is wanted,
+    nobody reads the queries."""
+    first, last, row, end, then, then_bytes = part_of_product(op, step, chunk, threads)
+    of_head, of_queries = op[24], op[25]
+    if of_head == 0 or is_wanted(step, row, end):
+        multiply_panels(op, first, last, row, end - row, then, then_bytes, scratch)
+        return
+    for head in range(first // of_head, (last - 1) // of_head + 1):
+        begin, stop = max(first, head * of_head + of_queries), min(last, (head + 1) * of_head)
+        if begin < stop:
+            multiply_panels(op, begin, stop, row, end - row, then, then_bytes, scratch)
+
+
+@njit(nogil=True, error_model="numpy")
 def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
     code = op[0]
     if code == 2 and op[19] == 0:
-        first, last, row, end, then, then_bytes = part_of_product(op, step, chunk, threads)
-        multiply_panels(op, first, last, row, end - row, then, then_bytes, scratch)
+        _multiply(op, step, chunk, threads, scratch)
         return
     if code == 2:
         chunks = panel_chunks(op[8], threads)
