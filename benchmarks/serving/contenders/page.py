@@ -14,7 +14,7 @@ parameters with random weights, {threads} processors, medians of alternating rep
 the prompt: the difference of two timings, and so the less certain the longer the prompt (after 1,024 tokens repeats
 have differed by up to a factor of two). Shares are of the limit of that precision on this machine: for decoding reading
 all weights and keys once a step, or the peak of multiplication where that takes longer; for prefill the peak, with all
-tokens through all layers (ours leaves out what nobody reads of the last one: 7 %).
+tokens through all layers (ours leaves out what nobody reads of the last one: 8 %).
 """
 
 
