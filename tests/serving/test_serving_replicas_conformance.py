@@ -206,6 +206,22 @@ def test_a_close_without_patience_ends_streams_with_an_error(opened: Opened) -> 
     assert all("tiny@1" in str(error) for error in failures)
 
 
+# ---- behind a server ------------------------------------------------------------------------------------------------
+
+
+def test_an_abort_before_the_first_step_frees_the_place() -> None:
+    observer, done, gate = Observer(), threading.Event(), threading.Event()
+    engine = OpenAiEngine("http://127.0.0.1:1/v1", "tiny", "tiny@1", observer)
+    engine._loop.call_soon_threadsafe(gate.wait)  # what follows comes to the loop in one turn
+    stream = engine.submit(ASK, on_done=done.set)
+    stream.close()
+    gate.set()
+    assert done.wait(30)
+    assert engine.num_sequences == 0
+    assert [stats.outcome for stats in observer.requests] == ["aborted"]
+    engine.close()
+
+
 # ---- a server that is started here ----------------------------------------------------------------------------------
 
 

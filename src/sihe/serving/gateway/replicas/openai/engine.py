@@ -96,7 +96,7 @@ class OpenAiEngine:
             if self._closing:
                 raise EngineClosed(f"engine {self.name} is closing and takes no new requests")
             self._jobs[id] = job
-            # Under the lock: a close must not cancel it before it has begun, and then wait for all of it.
+            # Under the lock: a close must not cancel it before there is a task, and then wait for all of it.
             self._loop.call_soon_threadsafe(self._begin, id, bodies.path_of(request), body)
         return job.stream
 
@@ -136,7 +136,9 @@ class OpenAiEngine:
     def _begin(self, id: int, path: str, body: dict[str, Any]) -> None:
         job = self._jobs.get(id)
         if job is not None:
-            job.task = self._loop.create_task(self._run(id, job, path, body))
+            job.task = self._loop.create_task(self._run(job, path, body))
+            # Not in the task: one that is cancelled before its first step runs no line of its own.
+            job.task.add_done_callback(lambda task: self._end(id, job, task))
 
     def _cancel(self, id: int) -> None:
         job = self._jobs.get(id)
@@ -147,12 +149,9 @@ class OpenAiEngine:
         if id in self._jobs:
             self._loop.call_soon_threadsafe(self._cancel, id)
 
-    async def _run(self, id: int, job: _Job, path: str, body: dict[str, Any]) -> None:
+    async def _run(self, job: _Job, path: str, body: dict[str, Any]) -> None:
         try:
             await self._answer(job, path, body)
-        except asyncio.CancelledError:
-            job.outcome = "aborted"
-            self._fail(job, EngineClosed(f"engine {self.name} was closed"))
         except httpx.ConnectError as error:
             self.lose(f"does not accept connections ({error or type(error).__name__})")
             self._fail(job, ReplicaLost(str(self._loss)))
@@ -162,8 +161,6 @@ class OpenAiEngine:
             self._fail(job, error)
         except Exception as error:  # noqa: BLE001 - a server may say anything; it is this request's error
             self._fail(job, InternalError(f"the server of {self.name} speaks no OpenAI protocol: {error!r}"))
-        finally:
-            self._end(id, job)
 
     async def _answer(self, job: _Job, path: str, body: dict[str, Any]) -> None:
         async with self._client.stream("POST", path, json=body) as response:
@@ -207,7 +204,10 @@ class OpenAiEngine:
         wake = job.stream.fail(error)
         wake_readers([wake] if wake else [])
 
-    def _end(self, id: int, job: _Job) -> None:
+    def _end(self, id: int, job: _Job, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            job.outcome = "aborted"
+            self._fail(job, EngineClosed(f"engine {self.name} was closed"))
         with self._changed:
             self._jobs.pop(id, None)
             self._changed.notify_all()
