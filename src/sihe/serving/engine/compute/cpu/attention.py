@@ -16,7 +16,7 @@ from numba import float32, int8, int32, int64, uint16
 
 from sihe.core.simd import float32_at, int8_at, int32_at, int64_at, uint16_at
 from sihe.serving.engine.compute.cpu.attention_tiles import mix_tile, scale_tile, score_tile, softmax_tile
-from sihe.serving.engine.compute.cpu.kernels import compiled, compiled_fast
+from sihe.serving.engine.compute.cpu.kernels import Kind, compiled, compiled_fast
 
 TILE_PAGES = 4
 TILE_TOKENS = 16 * TILE_PAGES
@@ -180,12 +180,12 @@ def place(op: Any, step: Any, first: int, last: int) -> None:
             key, value = float32_at(source + 4 * group * size), float32_at(source + 4 * (group + 1) * size)
             keys_at = op[15] + key_pages[page] + head * op[16]
             values_at = op[17] + value_pages[page] + head * op[18] + inside * op[19]
-            if kind == 0:
+            if kind == Kind.FLOAT32:
                 keys, values = float32_at(keys_at), float32_at(values_at)
                 for i in range(size):
                     keys[16 * i + inside] = key[i]
                     values[i] = value[i]
-            elif kind == 1:
+            elif kind == Kind.BFLOAT16:
                 keys_16, values_16 = uint16_at(keys_at), uint16_at(values_at)
                 key_bits, value_bits = int32_at(source + 4 * group * size), int32_at(source + 4 * (group + 1) * size)
                 for i in range(size):
@@ -265,9 +265,9 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
         value_pages = step[9] + 8 * (feed * step[10] + tile * TILE_PAGES)
         seen = min(TILE_TOKENS, newest + 1 - begins)
         keys_in, values_in = op[7] + head * op[8], op[9] + head * op[10]
-        if kind == 0:
+        if kind == Kind.FLOAT32:
             _score_float32(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
-        elif kind == 1:
+        elif kind == Kind.BFLOAT16:
             _score_bfloat16(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
         else:
             _score_int8(queries, q_s, rows, key_pages, keys_in, size, scores, value_pages, values_in, seen)
@@ -284,9 +284,9 @@ def attend(op: Any, step: Any, task: int, head: int, scratch: int) -> None:
                 for i in range(width):
                     total[row * width + i] *= factor
         next_pages = key_pages + 8 * TILE_PAGES if tile < newest // TILE_TOKENS else key_pages
-        if kind == 0:
+        if kind == Kind.FLOAT32:
             _mix_float32(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
-        elif kind == 1:
+        elif kind == Kind.BFLOAT16:
             _mix_bfloat16(scores, rows, value_pages, values_in, seen, op[11], sums, width, next_pages, keys_in)
         else:
             for page in range(TILE_PAGES):

@@ -27,9 +27,6 @@ _LAST_PARTS = 2
 _MANY_ROWS = 192
 """Rows for each thread from which on there are blocks."""
 _TILE_ROWS = ROWS[0]
-_MULTIPLY, _PLACE, _ATTEND, _ROUTE, _NORM = (
-    int(code) for code in (Code.MULTIPLY, Code.PLACE, Code.ATTEND, Code.ROUTE, Code.NORM)
-)
 
 _pure = njit(nogil=True, error_model="numpy")
 
@@ -45,16 +42,16 @@ def rows_of(op: Any, step: Any) -> int:
 def chunks_of(op: Any, step: Any, threads: int) -> int:
     """Into how many chunks an operation is cut."""
     code, rows = op[0], rows_of(op, step)
-    if code == _MULTIPLY:
+    if code == Code.MULTIPLY:
         blocks = _row_blocks(rows, threads)
         if op[19] == 0 and blocks > 0:
             return blocks - threads + threads * _LAST_PARTS * threads
         return max(1, op[19]) * panel_chunks(op[8], threads)
-    if code == _ATTEND:
+    if code == Code.ATTEND:
         return step[11 + op[1]] * op[3]
-    if code == _ROUTE:
+    if code == Code.ROUTE:
         return 1
-    if code in (_NORM, _PLACE) and _row_blocks(rows, threads) > 0:
+    if code in (Code.NORM, Code.PLACE) and _row_blocks(rows, threads) > 0:
         return _row_blocks(rows, threads)
     size = _row_chunk(code, rows)
     return (rows + size - 1) // size
@@ -65,7 +62,7 @@ def rows_of_chunk(op: Any, step: Any, chunk: int, threads: int) -> tuple[int, in
     """The first row of a chunk of an operation that goes row by row, and the one after its last."""
     code, rows = op[0], rows_of(op, step)
     blocks = _row_blocks(rows, threads)
-    if code in (_NORM, _PLACE) and blocks > 0:
+    if code in (Code.NORM, Code.PLACE) and blocks > 0:
         return _rows_of_block(rows, blocks, chunk)
     size = _row_chunk(code, rows)
     return chunk * size, min(rows, (chunk + 1) * size)
@@ -73,7 +70,7 @@ def rows_of_chunk(op: Any, step: Any, chunk: int, threads: int) -> tuple[int, in
 
 @_pure
 def _row_chunk(code: int, rows: int) -> int:
-    return PAGE_CHUNK if code == _PLACE and rows >= 4 * PAGE_CHUNK else ROW_CHUNK
+    return PAGE_CHUNK if code == Code.PLACE and rows >= 4 * PAGE_CHUNK else ROW_CHUNK
 
 
 @_pure

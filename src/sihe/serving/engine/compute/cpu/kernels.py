@@ -115,7 +115,7 @@ def multiply_panels(
     )  # fmt: skip
     is_gated = op[23] != 0
     y_s = 4 * PANEL if is_gated else op[11]
-    tallest = 6 if kind == 3 else 12
+    tallest = 6 if kind == Kind.INT4 else 12
     block = max(tallest, _BLOCK_BYTES // x_s // tallest * tallest)
     end = row
     while end < row + rows:
@@ -140,7 +140,7 @@ def multiply_panels(
                     ahead = next_at + (at - top) * next_bytes // height
                     ahead_s = -(-_STEP_BYTES * next_bytes * min(left, tallest) // (panel_s * height))
                 xa, ya = x + at * x_s, scratch if is_gated else out + at * y_s
-                if kind == 0:
+                if kind == Kind.FLOAT32:
                     if left >= 12:
                         _F32_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
                         at += 12
@@ -156,7 +156,7 @@ def multiply_panels(
                     else:
                         _F32_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
                         at += 1
-                elif kind == 1:
+                elif kind == Kind.BFLOAT16:
                     if left >= 12:
                         _BF16_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
                         at += 12
@@ -172,7 +172,7 @@ def multiply_panels(
                     else:
                         _BF16_1(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s)
                         at += 1
-                elif kind == 2:
+                elif kind == Kind.INT8:
                     xsc, xsum = x_scales + 4 * at, x_sums + at * sums_s
                     if left >= 12:
                         _INT8_12(xa, x_s, w, steps, b, ya, y_s, add, ahead, ahead_s, sc, xsc, xsum)
@@ -212,16 +212,16 @@ def multiply_panels(
 
 @compiled_fast
 def norm_row(x: int, y: int, size: int, kind: int, weight: int, bias: int, eps: float) -> None:
-    """y = x normalised: 1 by its root mean square, 2 by mean and deviation; 0 copies what is not there already."""
-    if kind == 0 and x == y:
+    """y = x normalised by what `kind`, a `NormKind`, says; NONE copies what is not there already."""
+    if kind == NormKind.NONE and x == y:
         return
     source, out, w = float32_at(x), float32_at(y), float32_at(weight)
-    if kind == 0:
+    if kind == NormKind.NONE:
         for i in range(size):
             out[i] = source[i]
         return
     mean = float32(0.0)
-    if kind == 2:
+    if kind == NormKind.LAYER:
         for i in range(size):
             mean += source[i]
         mean = float32(mean / size)
@@ -230,7 +230,7 @@ def norm_row(x: int, y: int, size: int, kind: int, weight: int, bias: int, eps: 
         off = source[i] - mean
         square += off * off
     factor = float32(1 / math.sqrt(square / size + eps))
-    if kind == 1:
+    if kind == NormKind.RMS:
         for i in range(size):
             out[i] = source[i] * factor * w[i]
     else:
@@ -261,7 +261,7 @@ def embed(op: Any, step: Any, first: int, last: int) -> None:
     tokens, positions, size = int32_at(step[3]), int32_at(step[4]), op[4]
     for row in range(first, last):
         out = float32_at(op[5] + row * op[6])
-        if op[2] == 0:
+        if op[2] == Kind.FLOAT32:
             source = float32_at(op[3] + 4 * size * tokens[row])
             for i in range(size):
                 out[i] = source[i]
@@ -285,8 +285,8 @@ def _widen(source: int, target: int, size: int) -> None:
 def activate(op: Any, first: int, last: int) -> None:
     """Rows of activation(x), or activation(gate) * up, then quantised if asked for.
 
-    op: code, which rows, activation, x, its S, F, whether gated, y, its S, codes, their S, scales, sums, their S,
-    groups, registers of a group.
+    op: code, which rows, activation (its place in `ACTIVATIONS`), x, its S, F, whether gated, y, its S, codes, their
+    S, scales, sums, their S, groups, registers of a group.
     """
     kind, size = op[2], op[5]
     vectors = size // 16

@@ -44,6 +44,7 @@ from sihe.serving.engine.compute.cpu.chunks import (
 from sihe.serving.engine.compute.cpu.kernels import (
     STEP_WIDTH,
     WIDTH,
+    Code,
     activate,
     adapt,
     combine,
@@ -102,10 +103,10 @@ def _multiply(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> Non
 @njit(nogil=True, error_model="numpy")
 def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
     code = op[0]
-    if code == 2 and op[19] == 0:
+    if code == Code.MULTIPLY and op[19] == 0:
         _multiply(op, step, chunk, threads, scratch)
         return
-    if code == 2:
+    if code == Code.MULTIPLY:
         chunks = panel_chunks(op[8], threads)
         expert, part = chunk // chunks, chunk % chunks
         first, last = op[8] * part // chunks, op[8] * (part + 1) // chunks
@@ -115,24 +116,24 @@ def _do(op: Any, step: Any, chunk: int, threads: int, scratch: int) -> None:
         mine[13] += expert * op[22]
         multiply_panels(mine, first, last, offsets[expert], offsets[expert + 1] - offsets[expert], 0, 0, scratch)
         return
-    if code == 4:
+    if code == Code.ATTEND:
         attend(op, step, chunk // op[3], chunk % op[3], scratch)
         return
-    if code == 6:
+    if code == Code.ROUTE:
         route(op, rows_of(op, step))
         return
     first, last = rows_of_chunk(op, step, chunk, threads)
-    if code == 0:
+    if code == Code.EMBED:
         embed(op, step, first, last)
-    elif code == 1:
+    elif code == Code.NORM:
         normalise(op, first, last)
-    elif code == 3:
+    elif code == Code.PLACE:
         place(op, step, first, last)
-    elif code == 5:
+    elif code == Code.ACTIVATE:
         activate(op, first, last)
-    elif code == 7:
+    elif code == Code.COMBINE:
         combine(op, first, last)
-    elif code == 8:
+    elif code == Code.ADAPT:
         adapt(op, step, first, last, scratch)
 
 
